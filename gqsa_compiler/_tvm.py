@@ -1,0 +1,48 @@
+"""The only place that knows which TVM this is: names that change between releases.
+
+Written for apache-tvm 0.27. Everything else imports TVM's moving parts from here.
+"""
+
+from __future__ import annotations
+
+import tvm
+import tvm_ffi
+from tvm import relax, tirx
+from tvm.ir import StringImm
+from tvm.relax.analysis import post_order_visit
+from tvm.relax.expr_functor import PyExprMutator, mutator
+from tvm.relax.frontend import nn
+from tvm.s_tir import Schedule
+from tvm.script import relax as R
+from tvm.script import tirx as T
+from tvm.script.ir_builder import IRBuilder
+from tvm.target import Target
+from tvm.tirx.script import builder as B
+from tvm_ffi import structural_equal
+
+from gqsa_compiler.errors import CompileError
+
+REQUIRED = "0.27"
+
+# A pass runs behind TVM's C interface, which brings an exception back by its class's name.
+tvm_ffi.register_error("CompileError", CompileError)
+
+__all__ = [
+    "REQUIRED",
+    "B",
+    "IRBuilder",
+    "PyExprMutator",
+    "R",
+    "Schedule",
+    "StringImm",
+    "T",
+    "Target",
+    "mutator",
+    "nn",
+    "post_order_visit",
+    "relax",
+    "structural_equal",
+    "tirx",
+    "tvm",
+    "tvm_ffi",
+]

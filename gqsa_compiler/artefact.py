@@ -1,0 +1,163 @@
+"""Write an artefact: library, packed parameters, manifest, tokenizer."""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from importlib import util
+from pathlib import Path
+from typing import Any, Protocol
+
+import ml_dtypes
+import numpy as np
+import numpy.typing as npt
+
+from gqsa_compiler._tvm import relax, tvm
+from gqsa_compiler.checkpoint import BSRLayer
+from gqsa_compiler.errors import CompileError
+from gqsa_compiler.passes.plan import BiasTensor, Kernel, PackedTensor, PackPlan, RawTensor
+from gqsa_compiler.targets import TargetSpec, host_arch
+
+LIBRARY = "model.so"
+PARAMETERS = "params.safetensors"
+BUNDLE = "lib"
+RUNTIME_LIBRARIES = ("libtvm_runtime.so", "libtvm_runtime_extra.so")
+
+Array = npt.NDArray[Any]
+
+
+class WeightLoader(Protocol):
+    """Where a plan's tensors come from."""
+
+    def load(self, name: str) -> Array:
+        """Return a dense parameter."""
+
+    def layer(self, name: str) -> BSRLayer:
+        """Return a compressed layer by its parameter's name."""
+
+
+def packed_tensors(
+    plan: PackPlan, weights: WeightLoader, progress: Callable[[str, int, int], None]
+) -> Iterator[tuple[str, Array]]:
+    """Yield every tensor of `plan` in order, holding one kernel's packed weights at a time."""
+    kernel: Kernel | None = None
+    packed: Mapping[str, Array] = {}
+    for done, tensor in enumerate(plan.tensors):
+        progress("packing weights", done, len(plan.tensors))
+        array: Array
+        if isinstance(tensor, PackedTensor):
+            if tensor.kernel is not kernel:
+                kernel, packed = tensor.kernel, _pack(tensor.kernel, weights)
+            array = packed[tensor.part]
+        elif isinstance(tensor, BiasTensor):
+            array = np.concatenate([_dense(weights, r.name, "float32") for r in tensor.records])
+        else:
+            array = _dense(weights, tensor.name, tensor.dtype)
+        if tuple(array.shape) != tensor.shape or array.dtype != np_dtype(tensor.dtype):
+            raise CompileError(
+                f"Parameter {tensor.name} was packed as {array.dtype}{list(array.shape)}, but its "
+                f"kernel reads {tensor.dtype}{list(tensor.shape)}; this is a bug in the rule."
+            )
+        yield tensor.name, array
+    progress("packing weights", len(plan.tensors), len(plan.tensors))
+
+
+def _pack(kernel: Kernel, weights: WeightLoader) -> Mapping[str, Array]:
+    parts: list[Any]
+    if kernel.spec.weight == "dense":
+        parts = [_dense(weights, r.name, kernel.spec.weight_dtype) for r in kernel.records]
+    else:
+        parts = [weights.layer(record.name) for record in kernel.records]
+    return kernel.rule.pack(kernel.spec, kernel.config, parts)
+
+
+def _dense(weights: WeightLoader, name: str, dtype: str) -> Array:
+    array = weights.load(name)
+    if not np.all(np.isfinite(array.astype(np.float32, copy=False))):
+        raise CompileError(f"Parameter {name} holds values that are not finite numbers.")
+    return array.astype(np_dtype(dtype), copy=False)
+
+
+def np_dtype(name: str) -> np.dtype[Any]:
+    """Return the numpy dtype of a TVM dtype name."""
+    return np.dtype(ml_dtypes.bfloat16) if name == "bfloat16" else np.dtype(name)
+
+
+def export_library(mod: tvm.IRModule, target: TargetSpec, directory: Path) -> str:
+    """Generate code, link `model.so` and return its SHA-256.
+
+    Parameters
+    ----------
+    mod : IRModule
+        After every phase of the pipeline.
+    target : TargetSpec
+    directory : Path
+
+    Raises
+    ------
+    CompileError
+        No linker for the target.
+    """
+    linker = _linker(target)
+    executable = relax.build(mod, tvm.target.Target(target.tvm_dict()), relax_pipeline=None)
+    path = directory / LIBRARY
+    executable.export_library(str(path), fcompile=tvm.support.cc.cross_compiler(linker))
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def _linker(target: TargetSpec) -> str:
+    names = ["g++", "c++", "clang++"]
+    if target.arch != host_arch():
+        names = [f"{target.arch}-linux-gnu-g++"]
+    for name in names:
+        if shutil.which(name):
+            return name
+    raise CompileError(
+        f"Linking for {target.name} needs {names[0]}, which is not on the PATH; install it "
+        f"(Debian: apt-get install {'g++' if names[0] == 'g++' else 'g++-' + target.arch.replace('_', '-') + '-linux-gnu'})."
+    )
+
+
+def bundle_libraries(target: TargetSpec, directory: Path) -> None:
+    """Copy TVM's runtime libraries into the artefact, so that it needs no TVM installed.
+
+    Raises
+    ------
+    CompileError
+        The target is another architecture than this machine's: its libraries are not here.
+    """
+    if target.arch != host_arch() or sys.platform != "linux":
+        raise CompileError(
+            f"--bundle copies this machine's runtime libraries, which {target.name} cannot load; "
+            "compile without it and put the target's libtvm_runtime*.so and libtvm_ffi.so in "
+            f"{BUNDLE}/."
+        )
+    library = directory / BUNDLE
+    library.mkdir()
+    places = [_package(p) / "lib" for p in ("tvm", "tvm_ffi")]
+    for name in (*RUNTIME_LIBRARIES, "libtvm_ffi.so"):
+        found = [place / name for place in places if (place / name).is_file()]
+        if not found:
+            raise CompileError(f"{name} is not in the installed apache-tvm; reinstall it.")
+        shutil.copy2(found[0], library / name)
+
+
+def _package(name: str) -> Path:
+    spec = util.find_spec(name)
+    if spec is None or spec.origin is None:
+        raise CompileError(f"The package {name} is not installed.")
+    return Path(spec.origin).parent
+
+
+__all__ = [
+    "LIBRARY",
+    "PARAMETERS",
+    "RawTensor",
+    "WeightLoader",
+    "bundle_libraries",
+    "export_library",
+    "np_dtype",
+    "packed_tensors",
+]

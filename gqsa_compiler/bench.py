@@ -1,0 +1,163 @@
+"""Speed and memory of an artefact on this machine."""
+
+from __future__ import annotations
+
+import resource
+import statistics
+import sys
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from gqsa_compiler.bandwidth import measure_read_bandwidth
+from gqsa_compiler.errors import UsageError
+
+ProgressCallback = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True)
+class BenchRun:
+    """One timed run."""
+
+    prefill_tokens_per_second: float
+    decode_tokens_per_second: float
+    first_token_seconds: float
+
+
+@dataclass(frozen=True)
+class BenchResult:
+    """What `bench_artefact` measured; rates are medians of the runs.
+
+    Parameters
+    ----------
+    prefill_tokens_per_second, decode_tokens_per_second : float
+        Reading the prompt, and writing after it, sampling and detokenising included.
+    first_token_seconds : float
+        From the request to its first token.
+    bytes_per_token : int
+        Weight bytes that one decoded token reads, by the manifest. The KV cache is not in it.
+    read_bandwidth : float
+        Bytes a second that this machine's threads can read, measured here.
+    read_bandwidth_share : float
+        ``bytes_per_token * decode_tokens_per_second / read_bandwidth``.
+    peak_memory_bytes : int
+        Largest resident size of the process until the last run, the mapped weights included.
+    prompt, gen, threads : int
+        Tokens in the prompt, tokens generated after the first one, and CPU threads.
+    runs : tuple of BenchRun
+        Every timed run, in order.
+    """
+
+    prefill_tokens_per_second: float
+    decode_tokens_per_second: float
+    first_token_seconds: float
+    bytes_per_token: int
+    read_bandwidth: float
+    read_bandwidth_share: float
+    peak_memory_bytes: int
+    prompt: int
+    gen: int
+    threads: int
+    runs: tuple[BenchRun, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain dictionaries and lists."""
+        return asdict(self)
+
+
+def bench_artefact(
+    directory: str | Path,
+    *,
+    prompt: int = 128,
+    gen: int = 64,
+    repeats: int = 5,
+    threads: int | None = None,
+    verify: bool = True,
+    progress: ProgressCallback | None = None,
+) -> BenchResult:
+    """Time an artefact.
+
+    A prompt of random tokens is read and ``gen`` more are decoded greedily, ``repeats`` times
+    after one run that is not counted.
+
+    Parameters
+    ----------
+    directory : str or Path
+        The artefact.
+    prompt, gen : int
+        Tokens to read and to write.
+    repeats : int
+        Timed runs.
+    threads : int, optional
+        CPU threads; every CPU this process may use by default.
+    verify : bool
+        Check the files' hashes first.
+    progress : callable, optional
+        Called with (stage, done, total).
+
+    Raises
+    ------
+    UsageError
+        The artefact's context is too short.
+    ArtefactError
+        It cannot be loaded.
+    """
+    from gqsa_compiler import runtime
+    from gqsa_compiler.runtime.manifest import Manifest
+
+    say = progress or (lambda stage, done, total: None)
+    manifest = Manifest.read(directory)
+    length = prompt + gen + 1
+    if length > manifest.model.context_length:
+        raise UsageError(
+            f"A prompt of {prompt} and {gen} generated tokens need a context of {length}, and "
+            f"{directory} was compiled for {manifest.model.context_length}; ask for fewer, or "
+            "compile it with a larger --context."
+        )
+    say("Loading the artefact", 0, 0)
+    runs: list[BenchRun] = []
+    with runtime.load(
+        directory, threads=threads, verify=verify, context_length=length, max_batch=1
+    ) as model:
+        used = model.threads
+        ids = np.random.default_rng(0).integers(0, manifest.model.vocab_size, prompt).tolist()
+        for index in range(repeats + 1):
+            say("Timed runs", index, repeats + 1)
+            # The first token comes with the prompt, so this is `gen` passes of one token.
+            found = model.generate(ids, max_tokens=gen + 1, temperature=0.0, ignore_eos=True)
+            times = found.timings
+            runs.append(
+                BenchRun(
+                    times.prefill_tokens_per_second,
+                    times.decode_tokens_per_second,
+                    times.first_token_seconds,
+                )
+            )
+        say("Timed runs", repeats + 1, repeats + 1)
+    # Before the bandwidth's own buffer is made.
+    peak = _peak_memory_bytes()
+    say("Measuring the memory's read bandwidth", 0, 0)
+    bandwidth = measure_read_bandwidth(used)
+    timed = tuple(runs[1:])
+    decode = statistics.median(run.decode_tokens_per_second for run in timed)
+    return BenchResult(
+        prefill_tokens_per_second=statistics.median(r.prefill_tokens_per_second for r in timed),
+        decode_tokens_per_second=decode,
+        first_token_seconds=statistics.median(r.first_token_seconds for r in timed),
+        bytes_per_token=manifest.bytes_per_token,
+        read_bandwidth=bandwidth,
+        read_bandwidth_share=manifest.bytes_per_token * decode / bandwidth,
+        peak_memory_bytes=peak,
+        prompt=prompt,
+        gen=gen,
+        threads=used,
+        runs=timed,
+    )
+
+
+def _peak_memory_bytes() -> int:
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

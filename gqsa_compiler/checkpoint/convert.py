@@ -1,0 +1,249 @@
+"""Between BSRLayer and plain matrices. Nothing here knows a target's layout."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from gqsa_compiler.checkpoint.layer import SYMMETRIC_ZERO, BSRLayer
+from gqsa_compiler.checkpoint.validate import MAX_INDEX, validate_layer
+from gqsa_compiler.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from scipy.sparse import bsr_matrix
+
+_CHUNK_VALUES = 1 << 22
+"""Weights decoded at a time: bounds temporaries to some tens of megabytes."""
+_MAX_CODE = 15
+
+
+def pack_nibbles(values: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
+    """Pack uint8 [..., n] of 0..15 to uint8 [..., ceil(n / 2)]: even positions in the low nibble.
+
+    An odd n leaves the last high nibble 0.
+    """
+    if values.shape[-1] % 2:
+        values = np.concatenate([values, np.zeros((*values.shape[:-1], 1), np.uint8)], axis=-1)
+    return np.asarray(values[..., 0::2] | (values[..., 1::2] << 4), dtype=np.uint8)
+
+
+def decode_groups(layer: BSRLayer, start: int = 0, stop: int | None = None) -> npt.NDArray[Any]:
+    """Decode kept groups `start` to `stop` to float32 [stop - start, G].
+
+    ``(code - zero) * scale`` is exact in float32: a difference has 5 bits, a scale 11.
+    """
+    stop = layer.nnz if stop is None else stop
+    part = layer.qweight[start:stop]
+    values = np.empty((stop - start, layer.group_size), np.float32)
+    values[:, 0::2] = part & 0xF
+    values[:, 1::2] = part >> 4
+    if layer.qzeros is None:
+        values -= SYMMETRIC_ZERO
+    else:
+        groups = np.arange(start, stop)
+        zeros = layer.qzeros[groups // 2] >> (4 * (groups % 2)).astype(np.uint8) & 0xF
+        values -= zeros[:, None]
+    values *= layer.scales[start:stop, None].astype(np.float32)
+    return values
+
+
+def to_dense(layer: BSRLayer) -> npt.NDArray[np.float32]:
+    """Decode a layer to float32 [N, K], exactly; absent groups are 0."""
+    n, k = layer.shape
+    dense = np.zeros((n, k // layer.group_size, layer.group_size), np.float32)
+    step = max(1, _CHUNK_VALUES // layer.group_size)
+    for start in range(0, layer.nnz, step):
+        stop = min(layer.nnz, start + step)
+        rows = np.searchsorted(layer.indptr, np.arange(start, stop), side="right") - 1
+        dense[rows, layer.indices[start:stop]] = decode_groups(layer, start, stop)
+    return dense.reshape(n, k)
+
+
+def to_scipy(layer: BSRLayer) -> bsr_matrix:
+    """Decode a layer to a `scipy.sparse.bsr_matrix` of float32 with blocks (1, G)."""
+    from scipy.sparse import bsr_matrix
+
+    data = decode_groups(layer)[:, None, :]
+    indices, indptr = layer.indices.astype(np.int32), layer.indptr.copy()
+    return bsr_matrix((data, indices, indptr), shape=layer.shape, blocksize=(1, layer.group_size))
+
+
+def from_codes(
+    name: str,
+    shape: tuple[int, int],
+    group_size: int,
+    keep_mask: npt.NDArray[np.bool_],
+    codes: npt.NDArray[np.uint8],
+    scales: npt.NDArray[Any],
+    zeros: npt.NDArray[np.uint8] | None,
+) -> BSRLayer:
+    """Build a layer from codes that somebody else quantised; nothing is rounded but the scales.
+
+    Parameters
+    ----------
+    name : str
+        The layer's module path.
+    shape : tuple of int
+        (N, K).
+    group_size : int
+        G.
+    keep_mask : bool [N, K/G]
+        Groups to keep.
+    codes : uint8 [N, K/G, G]
+        0 to 15; those of dropped groups are not read.
+    scales : float [N, K/G]
+        Rounded to float16 if they are not: quantise with rounded scales, or the codes do not fit.
+    zeros : uint8 [N, K/G] or None
+        Zero points 0 to 15; None for a symmetric layer (zero is 8).
+
+    Raises
+    ------
+    CheckpointError
+        Shapes do not agree, a code or zero point is above 15, or a scale is not finite in float16.
+    """
+    n, k = shape
+    if group_size < 1 or k % group_size:
+        raise CheckpointError(f"Layer {name!r}: group size {group_size} does not divide K = {k}.")
+    columns = k // group_size
+    wanted = {"keep_mask": (n, columns), "codes": (n, columns, group_size), "scales": (n, columns)}
+    given = {"keep_mask": keep_mask.shape, "codes": codes.shape, "scales": scales.shape}
+    if zeros is not None:
+        wanted["zeros"], given["zeros"] = (n, columns), zeros.shape
+    for what, size in wanted.items():
+        if given[what] != size:
+            raise CheckpointError(
+                f"Layer {name!r}: {what} has shape {list(given[what])}, not {list(size)}."
+            )
+    keep = keep_mask.astype(bool, copy=False)
+    if np.count_nonzero(keep) > MAX_INDEX:
+        raise CheckpointError(f"Layer {name!r} has more than 2^31 - 1 groups.")
+    indptr = np.zeros(n + 1, np.int32)
+    np.cumsum(keep.sum(axis=1), out=indptr[1:])
+    kept_codes = _nibbles(name, "code", codes[keep])
+    kept_zeros = None if zeros is None else _nibbles(name, "zero point", zeros[keep])
+    with np.errstate(over="ignore"):  # an infinity is what validate_layer reports
+        kept_scales = scales[keep].astype(np.float16)
+    layer = BSRLayer(
+        name=name,
+        shape=(n, k),
+        group_size=group_size,
+        indptr=indptr,
+        indices=np.nonzero(keep)[1].astype(np.uint16),
+        qweight=pack_nibbles(kept_codes),
+        scales=kept_scales,
+        qzeros=None if kept_zeros is None else pack_nibbles(kept_zeros),
+    )
+    validate_layer(layer)
+    return layer
+
+
+def from_dense(
+    name: str,
+    weight: npt.NDArray[Any],
+    group_size: int,
+    keep_mask: npt.NDArray[np.bool_] | None = None,
+    *,
+    symmetric: bool = False,
+) -> BSRLayer:
+    """Build a layer from a dense matrix by plain rounding to nearest.
+
+    A baseline without any calibration; `gqsa compress` does much better.
+
+    Parameters
+    ----------
+    name : str
+        The layer's module path.
+    weight : float [N, K]
+        Finite.
+    group_size : int
+        G, divides K.
+    keep_mask : bool [N, K/G], optional
+        Groups to keep; all of them by default.
+    symmetric : bool
+        Fix the zero point at 8 and store none.
+
+    Raises
+    ------
+    CheckpointError
+        G does not divide K, a weight is not finite, or a group's scale overflows float16.
+    """
+    n, k = weight.shape
+    if group_size < 1 or k % group_size:
+        raise CheckpointError(f"Layer {name!r}: group size {group_size} does not divide K = {k}.")
+    groups = np.asarray(weight, dtype=np.float32).reshape(n, k // group_size, group_size)
+    if not np.isfinite(groups).all():
+        raise CheckpointError(f"Layer {name!r} holds a weight that is not finite.")
+    keep = np.ones(groups.shape[:2], bool) if keep_mask is None else keep_mask
+    low = np.minimum(groups.min(axis=2), 0.0)
+    high = np.maximum(groups.max(axis=2), 0.0)
+    if symmetric:
+        # Codes reach -8 and 7: the larger of the two needs decides.
+        wide = np.maximum(-low / SYMMETRIC_ZERO, high / (_MAX_CODE - SYMMETRIC_ZERO))
+    else:
+        wide = high / _MAX_CODE - low / _MAX_CODE
+    with np.errstate(over="ignore"):
+        scales = wide.astype(np.float16)
+    # A scale of 0 could not be divided by; the smallest float16 loses nothing.
+    scales = np.maximum(scales, np.finfo(np.float16).smallest_subnormal)
+    if not np.isfinite(scales[keep]).all():
+        raise CheckpointError(f"Layer {name!r} holds weights too large for a float16 scale.")
+    steps = np.where(np.isfinite(scales), scales, 1).astype(np.float32)
+    if symmetric:
+        zeros = np.full(scales.shape, SYMMETRIC_ZERO, np.uint8)
+    else:
+        zeros = np.clip(np.rint(-low / steps), 0, _MAX_CODE).astype(np.uint8)
+    codes = np.rint(groups / steps[..., None]) + zeros[..., None]
+    codes = np.clip(codes, 0, _MAX_CODE).astype(np.uint8)
+    stored = None if symmetric else zeros
+    return from_codes(name, (n, k), group_size, keep, codes, scales, stored)
+
+
+def concat_rows(name: str, layers: Sequence[BSRLayer]) -> BSRLayer:
+    """Stack layers that share their input (q, k, v; gate, up) into one of sum(N) rows.
+
+    If only some of them are symmetric, the result stores zero points for all.
+
+    Raises
+    ------
+    CheckpointError
+        There is none, they differ in K, group size or bits, or hold 2^31 groups or more.
+    """
+    if not layers:
+        raise CheckpointError(f"Layer {name!r} cannot be made of no layers.")
+    first = layers[0]
+    for other in layers[1:]:
+        same = (first.shape[1], first.group_size, first.bits)
+        if (other.shape[1], other.group_size, other.bits) != same:
+            raise CheckpointError(
+                f"Layers {first.name!r} and {other.name!r} cannot be stacked: they differ in "
+                "input features, group size or bits."
+            )
+    offsets = np.cumsum([0, *(layer.nnz for layer in layers)])
+    if offsets[-1] > MAX_INDEX:
+        raise CheckpointError(f"Layer {name!r} would have more than 2^31 - 1 groups.")
+    starts = [
+        layer.indptr[:-1] + np.int32(offset)
+        for layer, offset in zip(layers, offsets[:-1], strict=True)
+    ]
+    symmetric = all(layer.symmetric for layer in layers)
+    return BSRLayer(
+        name=name,
+        shape=(sum(layer.shape[0] for layer in layers), first.shape[1]),
+        group_size=first.group_size,
+        indptr=np.concatenate([*starts, [offsets[-1]]]).astype(np.int32),
+        indices=np.concatenate([layer.indices for layer in layers]),
+        qweight=np.concatenate([layer.qweight for layer in layers]),
+        scales=np.concatenate([layer.scales for layer in layers]),
+        # Unpacked first: an odd number of groups shifts the nibbles of all that follow.
+        qzeros=None if symmetric else pack_nibbles(np.concatenate([m.zeros() for m in layers])),
+        bits=first.bits,
+    )
+
+
+def _nibbles(name: str, what: str, values: npt.NDArray[Any]) -> npt.NDArray[np.uint8]:
+    if values.size and (values.min() < 0 or values.max() > _MAX_CODE):
+        raise CheckpointError(f"Layer {name!r} has a {what} outside 0 to {_MAX_CODE}.")
+    return values.astype(np.uint8, copy=False)

@@ -1,0 +1,1 @@
+"""The command line: arguments and printing only. Heavy imports stay inside functions."""

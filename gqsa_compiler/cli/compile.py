@@ -1,0 +1,119 @@
+"""`gqsa compile`, also `gqsa-compile`: a checkpoint becomes an artefact for one target."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from gqsa_compiler.cli import options
+from gqsa_compiler.cli.command import command
+from gqsa_compiler.cli.compile_report import print_report
+from gqsa_compiler.cli.console import emit_json, note, progress, show_settings
+from gqsa_compiler.cli.paths import require_free
+
+
+@command
+def compile_(
+    model: options.Model,
+    target: Annotated[
+        str,
+        typer.Option(help="cpu (this machine), x86-64-v3, x86-64-v4, aarch64 or aarch64-i8mm."),
+    ] = "cpu",
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            "-o", "--output", help="Directory to write.", show_default="MODEL-TARGET, here"
+        ),
+    ] = None,
+    recipe: Annotated[
+        str | None,
+        typer.Option(
+            help="For a dense MODEL: compress it on the way (e.g. w4s30g16), "
+            "or 'dense' to compile it as it is."
+        ),
+    ] = None,
+    context: Annotated[
+        int | None,
+        typer.Option(
+            min=2, help="Longest sequence, in tokens.", show_default="the model's, at most 2048"
+        ),
+    ] = None,
+    max_batch: Annotated[int, typer.Option(min=1, help="Most sequences at once.")] = 4,
+    prefill_chunk: Annotated[
+        int, typer.Option(min=1, help="Prompt tokens taken in one step.")
+    ] = 512,
+    activations: Annotated[
+        Literal["float32", "int8"],
+        typer.Option(help="float32: exact. int8: faster where the target has int8 dot products."),
+    ] = "float32",
+    bundle: Annotated[
+        bool,
+        typer.Option("--bundle", help="Add TVM's runtime libraries (8 MB): no TVM is needed then."),
+    ] = False,
+    no_fallback: Annotated[
+        bool,
+        typer.Option("--no-fallback", help="Fail where a layer cannot run as sparse INT4."),
+    ] = False,
+    debug_dump: Annotated[
+        Path | None, typer.Option(help="Write the module after every phase into this directory.")
+    ] = None,
+    overwrite: options.Overwrite = False,
+    json: options.Json = False,
+    verbose: options.Verbose = False,
+) -> None:
+    """Compile MODEL for a target; ends with a report of what runs on which kernel."""
+    from gqsa_compiler.targets import parse_target
+
+    spec = parse_target(target)
+    directory = output if output is not None else default_output(model, target)
+    require_free(directory, overwrite)
+    show_settings(
+        "compile",
+        {
+            "model": model,
+            "target": f"{target} ({spec.cpu}{''.join(f' +{f}' for f in spec.features)})",
+            "output": directory,
+            "recipe": recipe,
+            "context": context or "the model's, at most 2048",
+            "max batch": max_batch,
+            "prefill chunk": prefill_chunk,
+            "activations": activations,
+            "bundle": bundle,
+            "no fallback": no_fallback,
+            "debug dump": debug_dump,
+        },
+    )
+    from gqsa_compiler.compile import CompileOptions, compile_model
+
+    settings = CompileOptions(
+        target=target,
+        context_length=context,
+        prefill_chunk=prefill_chunk,
+        max_batch=max_batch,
+        activations=activations,
+        bundle=bundle,
+        no_fallback=no_fallback,
+        debug_dump=debug_dump,
+    )
+    with progress() as report_progress:
+        report = compile_model(
+            model,
+            directory,
+            settings,
+            recipe=recipe,
+            overwrite=overwrite,
+            progress=report_progress,
+        )
+    if json:
+        emit_json(report.to_dict())
+        return
+    print_report(report.to_dict())
+    note(f'Wrote {directory}. Next: gqsa run {directory} -p "Once upon a time"')
+
+
+def default_output(model: str, target: str) -> Path:
+    """Name the artefact of a model: its last part and the target's, in the current directory."""
+    name = Path(model).resolve().name if Path(model).is_dir() else model.rsplit("/", 1)[-1]
+    return Path(f"{name.removesuffix('.gguf')}-{target.replace(':', '-').replace('/', '-')}")

@@ -1,0 +1,81 @@
+"""`gqsa compress`: a dense model becomes a GQSA checkpoint."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from gqsa_compiler.cli import options
+from gqsa_compiler.cli.command import command
+from gqsa_compiler.cli.console import emit_json, note, progress, show_settings
+from gqsa_compiler.cli.paths import require_file, require_free
+
+
+@command
+def compress(
+    model: options.Model,
+    output: Annotated[
+        Path, typer.Option("-o", "--output", help="Directory to write.", show_default=False)
+    ],
+    recipe: Annotated[
+        str,
+        typer.Option(
+            help="w<bits>s<sparsity %>g<group>: w4s30g16 keeps 70% of the groups of 16 weights."
+        ),
+    ] = "w4s30g16",
+    calibration: Annotated[
+        Path | None,
+        typer.Option(
+            help="Text file to calibrate on.", show_default="text that the model writes itself"
+        ),
+    ] = None,
+    samples: Annotated[int, typer.Option(min=1, help="Calibration sequences.")] = 128,
+    sequence_length: Annotated[
+        int, typer.Option(min=16, help="Tokens in a calibration sequence.")
+    ] = 512,
+    seed: Annotated[int, typer.Option(help="Seed of the calibration text.")] = 0,
+    balance: Annotated[
+        str, typer.Option(help="matrix: prune where it costs least. row: every row the same count.")
+    ] = "matrix",
+    overwrite: options.Overwrite = False,
+    json: options.Json = False,
+    verbose: options.Verbose = False,
+) -> None:
+    """Compress MODEL: prune groups of weights and quantise the rest to 4 bits."""
+    require_free(output, overwrite)
+    if calibration is not None:
+        require_file(calibration, "--calibration")
+    show_settings(
+        "compress",
+        {
+            "model": model,
+            "output": output,
+            "recipe": recipe,
+            "calibration": calibration or "sampled from the model",
+            "samples": samples,
+            "sequence length": sequence_length,
+            "balance": balance,
+            "seed": seed,
+        },
+    )
+    from gqsa_compiler.compress import compress_model
+
+    with progress() as report_progress:
+        report = compress_model(
+            model,
+            output,
+            recipe,
+            calibration=calibration,
+            samples=samples,
+            sequence_length=sequence_length,
+            seed=seed,
+            balance=balance,
+            overwrite=overwrite,
+            progress=report_progress,
+        )
+    if json:
+        emit_json(report.to_dict())
+        return
+    note(f"Wrote {output}. Next: gqsa compile {output}")

@@ -1,0 +1,147 @@
+"""What every verb prints: settings and progress on standard error, results on standard output."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rich.progress import Progress, TaskID
+    from rich.table import Table
+
+ProgressCallback = Callable[[str, int, int], None]
+
+# Lines that a log file gets from one long stage: its beginning, then one in this many seconds.
+_PLAIN_SECONDS = 15.0
+
+
+def note(text: str) -> None:
+    """Print one line on standard error."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def show_settings(verb: str, settings: Mapping[str, object]) -> None:
+    """Print a verb's resolved settings on standard error; those that are None are left out."""
+    shown = {key: value for key, value in settings.items() if value is not None}
+    width = max((len(key) for key in shown), default=0)
+    note(f"gqsa {verb}")
+    for key, value in shown.items():
+        text = str(value).lower() if isinstance(value, bool) else str(value)
+        note(f"  {key:<{width}}  {text}")
+
+
+def emit_json(data: Any) -> None:
+    """Print a JSON document on standard output."""
+    print(json.dumps(data, indent=2, ensure_ascii=False))
+
+
+def emit_table(table: Table) -> None:
+    """Print a rich table on standard output, as wide as it needs where that is a file."""
+    from rich.console import Console
+
+    console = Console() if sys.stdout.isatty() else Console(width=200)
+    console.print(table)
+
+
+def seconds_text(seconds: float) -> str:
+    """Write a duration as people read it, e.g. ``42 s`` or ``3 min 05 s``."""
+    if seconds < 60:
+        return f"{seconds:.0f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes} min {rest:02d} s"
+
+
+def bytes_text(count: float) -> str:
+    """Write a number of bytes with a decimal unit, e.g. ``98.4 MB``."""
+    for unit in ("B", "kB", "MB"):
+        if count < 1000:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:.2f} GB"
+
+
+class PlainProgress:
+    """Progress as lines, for logs: a line when a stage begins and a few while it lasts."""
+
+    def __init__(self, write: Callable[[str], None] = note) -> None:
+        self._write = write
+        self._stage = ""
+        self._started = 0.0
+        self._written = 0.0
+
+    def __call__(self, stage: str, done: int, total: int) -> None:
+        now = time.monotonic()
+        if stage != self._stage:
+            self._stage, self._started, self._written = stage, now, now
+            self._write(f"{stage} ...")
+            return
+        if now - self._written < _PLAIN_SECONDS or total <= 0 or done >= total:
+            return
+        self._written = now
+        left = (now - self._started) / done * (total - done) if done else None
+        rest = f", {seconds_text(left)} left" if left is not None else ""
+        self._write(f"{stage}: {done}/{total}{rest}")
+
+
+class BarProgress:
+    """Progress as rich bars with the time left, for a terminal."""
+
+    def __init__(self, bars: Progress) -> None:
+        self._bars = bars
+        self._tasks: dict[str, TaskID] = {}
+        self._stage = ""
+
+    def __call__(self, stage: str, done: int, total: int) -> None:
+        size = total if total > 0 else None
+        if stage not in self._tasks:
+            self._tasks[stage] = self._bars.add_task(stage, total=size)
+        if stage != self._stage:
+            self.finish()
+            self._stage = stage
+        self._bars.update(self._tasks[stage], completed=done, total=size)
+
+    def finish(self) -> None:
+        """Mark the stage in hand as done."""
+        if self._stage:
+            task = self._bars.tasks[self._tasks[self._stage]]
+            total = task.total or 1
+            self._bars.update(task.id, completed=total, total=total)
+
+
+@contextmanager
+def progress() -> Iterator[ProgressCallback]:
+    """Give a callback ``(stage, done, total)`` that draws progress on standard error.
+
+    ``total`` counts steps of a stage; 0 means that their number is not known.
+    """
+    if not sys.stderr.isatty():
+        yield PlainProgress()
+        return
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
+
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=30),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+    )
+    # A step can take minutes (a decoder block of a large model): estimate over all of them.
+    bars = Progress(*columns, console=Console(stderr=True), speed_estimate_period=3600.0)
+    with bars:
+        callback = BarProgress(bars)
+        yield callback
+        callback.finish()

@@ -1,0 +1,96 @@
+"""`gqsa inspect`: what a checkpoint or an artefact holds."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from gqsa_compiler.cli import options
+from gqsa_compiler.cli.command import command
+from gqsa_compiler.cli.console import bytes_text, emit_json, emit_table
+
+
+@command
+def inspect(
+    path: Annotated[
+        Path,
+        typer.Argument(
+            metavar="PATH", help="A GQSA checkpoint or a compiled artefact.", show_default=False
+        ),
+    ],
+    json: options.Json = False,
+    verbose: options.Verbose = False,
+) -> None:
+    """Show the layers of a checkpoint, or the manifest of an artefact."""
+    from gqsa_compiler.inspect import inspect_path, is_artefact
+
+    found = inspect_path(path)
+    if json:
+        emit_json(found)
+    elif is_artefact(path):
+        _show_artefact(found)
+    else:
+        _show_checkpoint(found)
+
+
+def _show_checkpoint(found: dict[str, Any]) -> None:
+    from rich.table import Table
+
+    table = Table("layer", box=None)
+    for heading in ("N", "K", "bits", "group", "sparsity", "bytes"):
+        table.add_column(heading, justify="right")
+    for layer in found["layers"]:
+        table.add_row(
+            layer["name"],
+            str(layer["n"]),
+            str(layer["k"]),
+            str(layer["bits"]),
+            str(layer["group_size"]),
+            f"{layer['sparsity']:.1%}",
+            bytes_text(layer["bytes"]),
+        )
+    emit_table(table)
+    print(
+        f"\n{len(found['layers'])} compressed layers, {bytes_text(found['compressed_bytes'])}, "
+        f"{found['bits_per_weight']:.3f} bits a weight; "
+        f"other tensors {bytes_text(found['uncompressed_bytes'])}."
+    )
+
+
+def _show_artefact(found: dict[str, Any]) -> None:
+    from rich.table import Table
+
+    model, target = found["model"], found["target"]
+    print(f"{model['name']} ({model['architecture']}) for {target['name']}: {target['triple']}")
+    print(f"made by         {found['producer']}, TVM {found['versions']['tvm']}")
+    print(f"CPU features    {' '.join(target['flags']) or 'none beyond the base'}")
+    print(
+        f"limits          context {model['context_length']} tokens, "
+        f"{model['max_batch']} sequences, prefill in chunks of {model['prefill_chunk']}"
+    )
+    memory = found["memory"]
+    cache = memory["kv_cache_bytes_per_token"]
+    print(
+        f"memory          weights {bytes_text(memory['weights_bytes'])}, "
+        f"KV cache {bytes_text(cache)} a token "
+        f"({bytes_text(cache * model['context_length'])} for one full context), "
+        f"workspace {bytes_text(memory['workspace_bytes'])}"
+    )
+    print(f"read a token    {bytes_text(found['bytes_per_token'])}\n")
+    table = Table("layer", "tokens", "kernel", "weight", box=None)
+    for heading in ("N", "K", "sparsity", "bytes"):
+        table.add_column(heading, justify="right")
+    for kernel in found["kernels"]:
+        table.add_row(
+            kernel["layer"],
+            kernel.get("m") or "any",
+            kernel["kernel"] + (" (fallback)" if kernel["fallback"] else ""),
+            kernel["weight"],
+            str(kernel["n"]),
+            str(kernel["k"]),
+            f"{kernel['sparsity']:.1%}",
+            bytes_text(kernel["bytes"]),
+        )
+    emit_table(table)

@@ -1,0 +1,43 @@
+"""Checks of the paths a user gives, before any work is done on them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from gqsa_compiler.errors import UsageError
+
+
+def require_file(path: Path, option: str) -> None:
+    """Raise `UsageError` unless the file that an option names is there."""
+    if not path.is_file():
+        what = "is a directory, not a file" if path.is_dir() else "does not exist"
+        raise UsageError(f"{path} {what}; give {option} a text file.")
+
+
+def read_text(path: Path, option: str) -> str:
+    """Read a UTF-8 text file that an option names; `UsageError` where it is none."""
+    require_file(path, option)
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise UsageError(
+            f"{path} is not UTF-8 text (byte {error.start}); give {option} a text file."
+        ) from None
+
+
+def require_free(output: Path, overwrite: bool) -> None:
+    """Raise `UsageError` if an output directory exists and may not be replaced."""
+    if output.exists() and not overwrite:
+        raise UsageError(f"{output} already exists; remove it, name another, or pass --overwrite.")
+
+
+def require_artefact(path: Path) -> None:
+    """Raise `UsageError` unless a path is a compiled artefact; say what it is instead."""
+    if (path / "manifest.json").is_file():
+        return
+    if not path.exists():
+        raise UsageError(f"{path} does not exist; make an artefact with: gqsa compile MODEL -o DIR")
+    raise UsageError(
+        f"{path} is not a compiled artefact (it has no manifest.json); "
+        f"compile it first: gqsa compile {path} -o DIR"
+    )

@@ -1,0 +1,110 @@
+"""`gqsa run`: one prompt in, the generated text and nothing else on standard output."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from gqsa_compiler.cli import options
+from gqsa_compiler.cli.command import command
+from gqsa_compiler.cli.console import emit_json, note, show_settings
+from gqsa_compiler.cli.paths import read_text, require_artefact
+from gqsa_compiler.cli.sampling import as_dict, figures, given
+from gqsa_compiler.errors import UsageError
+
+
+@command
+def run(
+    directory: options.Artefact,
+    prompt: Annotated[
+        str | None,
+        typer.Option("-p", "--prompt", help="The prompt.", show_default="standard input"),
+    ] = None,
+    file: Annotated[
+        Path | None, typer.Option("-f", "--file", help="Read the prompt from a text file.")
+    ] = None,
+    chat: Annotated[
+        bool,
+        typer.Option(
+            "--chat/--no-chat",
+            help="--chat wraps the prompt as a user's message in the model's chat template; "
+            "--no-chat continues it as plain text.",
+        ),
+    ] = False,
+    max_tokens: options.MaxTokens = 256,
+    temperature: options.Temperature = None,
+    top_k: options.TopK = None,
+    top_p: options.TopP = None,
+    min_p: options.MinP = None,
+    repetition_penalty: options.RepetitionPenalty = None,
+    seed: options.Seed = None,
+    stop: options.Stop = None,
+    context: options.Context = None,
+    threads: options.Threads = None,
+    no_verify: options.NoVerify = False,
+    json: options.Json = False,
+    verbose: options.Verbose = False,
+) -> None:
+    """Generate text from a prompt, as it comes; figures go to standard error."""
+    require_artefact(directory)
+    text = _prompt(prompt, file)
+    sampling = given(
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        min_p=min_p,
+        repetition_penalty=repetition_penalty,
+        seed=seed,
+        stop=stop,
+    )
+    show_settings(
+        "run",
+        {
+            "artefact": directory,
+            "chat template": chat,
+            "max tokens": max_tokens,
+            **sampling,
+            "context": context,
+            "threads": threads,
+        },
+    )
+    from gqsa_compiler import runtime
+
+    request: Any = [{"role": "user", "content": text}] if chat else text
+    # One sequence, so that the cache holds one context and not the artefact's whole batch.
+    with runtime.load(
+        directory,
+        threads=threads,
+        verify=not no_verify,
+        context_length=context,
+        max_batch=1,
+    ) as model:
+        start = model.stream_chat if chat else model.stream
+        stream = start(request, max_tokens=max_tokens, **sampling)
+        for piece in stream:
+            if not json:
+                print(piece, end="", flush=True)
+        result = stream.result
+        if json:
+            emit_json(as_dict(result))
+            return
+        if sys.stdout.isatty():
+            print()
+        if model.chat_template is not None and not chat:
+            note("This model has a chat template; --chat applies it.")
+        note(figures(result))
+
+
+def _prompt(prompt: str | None, file: Path | None) -> str:
+    if prompt is not None and file is not None:
+        raise UsageError("Give the prompt with -p or with -f, not with both.")
+    if file is not None:
+        return read_text(file, "-f")
+    if prompt is not None and prompt != "-":
+        return prompt
+    if prompt is None and sys.stdin.isatty():
+        raise UsageError("There is no prompt; give one with -p TEXT, -f FILE or standard input.")
+    return sys.stdin.read()

@@ -1,0 +1,417 @@
+"""The driver: frontend -> passes -> code -> artefact."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from gqsa_compiler import artefact, report
+from gqsa_compiler._callable import make_callable
+from gqsa_compiler._tvm import REQUIRED, tvm, tvm_ffi
+from gqsa_compiler.checkpoint import BSRLayer
+from gqsa_compiler.errors import CompileError, UsageError
+from gqsa_compiler.frontends.hf import ImportedModel, import_model
+from gqsa_compiler.frontends.source import ModelSource, resolve
+from gqsa_compiler.outdir import staged_directory
+from gqsa_compiler.passes.memory import workspace_bytes
+from gqsa_compiler.passes.pipeline import PipelineOptions, run
+from gqsa_compiler.passes.plan import PackPlan
+from gqsa_compiler.passes.records import ParamRecord
+from gqsa_compiler.report import CompileReport
+from gqsa_compiler.runtime import manifest as manifests
+from gqsa_compiler.runtime.params import write_params
+from gqsa_compiler.schedules.kv_cache import KVCacheSpec
+from gqsa_compiler.targets import TargetSpec, parse_target
+
+if TYPE_CHECKING:
+    import numpy.typing as npt
+
+    from gqsa_compiler.schedules.spec import ActivationDtype
+
+Progress = Callable[[str, int, int], None]
+
+DENSE_RECIPE = "dense"
+DEFAULT_CONTEXT = 2048
+"""Context length, in tokens, of an artefact when the user names none (at most the model's own)."""
+
+
+@dataclass(frozen=True)
+class CompileOptions:
+    """How to compile.
+
+    Parameters
+    ----------
+    target : str
+        A TARGET name, see docs/targets.md.
+    context_length : int or None
+        Longest sequence in tokens; None is the model's own, at most `DEFAULT_CONTEXT`.
+    prefill_chunk : int
+        Most tokens of a prompt that one call takes.
+    max_batch : int
+        Most sequences at once.
+    activations : str
+        ``float32``, or ``int8``: compressed layers quantise their inputs on the fly.
+    bundle : bool
+        Add TVM's runtime libraries.
+    no_fallback : bool
+        Fail when a layer that the checkpoint does not list under `ignore` stays dense.
+    debug_dump : path or None
+        Directory for the module after each phase.
+    """
+
+    target: str = "cpu"
+    context_length: int | None = None
+    prefill_chunk: int = 512
+    max_batch: int = 4
+    activations: ActivationDtype = "float32"
+    bundle: bool = False
+    no_fallback: bool = False
+    debug_dump: Path | None = None
+
+
+def compile_model(
+    model: str,
+    output: str | Path,
+    options: CompileOptions | None = None,
+    *,
+    recipe: str | None = None,
+    overwrite: bool = False,
+    progress: Progress | None = None,
+) -> CompileReport:
+    """Compile a model into an artefact directory.
+
+    Parameters
+    ----------
+    model : str
+        A GQSA checkpoint; or any other MODEL, with `recipe`.
+    output : str or Path
+        The artefact's directory; written aside and renamed when whole.
+    options : CompileOptions or None
+        None takes every default.
+    recipe : str or None
+        For a model that is not compressed yet: a recipe to compress it with on the way, or
+        ``dense`` to compile it as it is.
+    overwrite : bool
+        Replace an existing artefact.
+    progress : callable or None
+        Called as ``progress(stage, done, total)``.
+
+    Returns
+    -------
+    CompileReport
+
+    Raises
+    ------
+    UsageError
+        A bad option, a missing model, an output that exists, or a dense model without `recipe`.
+    ModelError, CheckpointError, CompileError
+        The model cannot be read, is damaged, or cannot be compiled as asked.
+    """
+    options = options or CompileOptions()
+    target = parse_target(options.target)
+    _check_options(options)
+    _check_tvm()
+    source = resolve(model)
+    compressed = source.checkpoint is not None
+    if compressed and recipe is not None:
+        raise UsageError(
+            f"{model} is compressed already, so --recipe {recipe} cannot be applied; "
+            "leave --recipe out, or name the model that it was made from."
+        )
+    if not compressed and recipe is None:
+        raise UsageError(
+            f"{model} is not compressed. Compress it first (gqsa compress {model} -o CHECKPOINT "
+            "--recipe w4s30g16), or compile it with --recipe w4s30g16 (compress on the way) or "
+            f"--recipe {DENSE_RECIPE} (as it is)."
+        )
+    report_progress = progress or (lambda _stage, _done, _total: None)
+    with staged_directory(output, overwrite=overwrite) as staging:
+        if compressed or recipe == DENSE_RECIPE:
+            return _Compilation(source, target, options, report_progress).write(
+                staging, Path(output)
+            )
+        from gqsa_compiler.compress import compress_model
+
+        # Beside the output: it has the room, and a temporary file system may not.
+        with tempfile.TemporaryDirectory(dir=staging) as scratch:
+            checkpoint = Path(scratch) / source.name
+            compress_model(source, checkpoint, str(recipe), progress=report_progress)
+            source = resolve(str(checkpoint))
+            result = _Compilation(source, target, options, report_progress).write(
+                staging, Path(output)
+            )
+        return result
+
+
+def _check_options(options: CompileOptions) -> None:
+    for name in ("prefill_chunk", "max_batch", "context_length"):
+        value = getattr(options, name)
+        if value is not None and value < 1:
+            raise UsageError(f"{name.replace('_', ' ')} is {value}; it must be at least 1.")
+    if options.activations not in ("float32", "int8"):
+        raise UsageError(f"Unknown activations {options.activations!r}: float32 or int8.")
+
+
+def _check_tvm() -> None:
+    if not str(tvm.__version__).startswith(f"{REQUIRED}."):
+        raise CompileError(
+            f"gqsa needs apache-tvm {REQUIRED}, and {tvm.__version__} is installed; "
+            f"pip install 'apache-tvm=={REQUIRED}.*'."
+        )
+
+
+@dataclass
+class _Compilation:
+    """One run: what it reads, and how long each stage took."""
+
+    source: ModelSource
+    target: TargetSpec
+    options: CompileOptions
+    progress: Progress
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    @contextmanager
+    def _stage(self, name: str) -> Iterator[None]:
+        self.progress(name, 0, 1)
+        begin = time.perf_counter()
+        yield
+        self.seconds[name] = time.perf_counter() - begin
+        self.progress(name, 1, 1)
+
+    def write(self, directory: Path, output: Path) -> CompileReport:
+        """Compile into `directory`, which will become `output`."""
+        with self._stage("importing the model"):
+            imported = import_model(
+                self.source,
+                context_length=self._context_length(),
+                prefill_chunk=self.options.prefill_chunk,
+                max_batch=self.options.max_batch,
+            )
+            weights = _Weights(self.source, imported)
+            records = weights.records()
+        with self._stage("running passes"):
+            mod, plan, workspace = self._run_passes(imported, records)
+        uses, fallbacks = report.kernel_uses(
+            plan, self.source.checkpoint is not None, self._ignored()
+        )
+        unwanted = [fallback.layer for fallback in fallbacks if not fallback.by_choice]
+        if self.options.no_fallback and unwanted:
+            raise CompileError(
+                f"{len(unwanted)} layers stayed dense, and --no-fallback forbids it: "
+                f"{', '.join(unwanted[:5])}{' ...' if len(unwanted) > 5 else ''}."
+            )
+        with self._stage("generating code"):
+            digest = artefact.export_library(mod, self.target, directory)
+        begin = time.perf_counter()
+        parameters = write_params(
+            directory / artefact.PARAMETERS,
+            artefact.packed_tensors(plan, weights, self.progress),
+        )
+        self.seconds["packing weights"] = time.perf_counter() - begin
+        self.source.save_tokenizer(directory)
+        if self.options.bundle:
+            artefact.bundle_libraries(self.target, directory)
+        kinds = report.bytes_by_kind(plan)
+        result = CompileReport(
+            output=str(output),
+            target=self.target.name,
+            bytes_by_kind=kinds,
+            bits_per_weight=report.bits_per_weight(plan),
+            bytes_per_token=sum(use.bytes for use in uses) + kinds["other"],
+            workspace_bytes=workspace,
+            kv_cache_bytes_per_token=_kv_bytes(imported),
+            kernels=uses,
+            kernel_counts=dict(Counter(use.kernel for use in uses)),
+            fallbacks=fallbacks,
+            seconds={name: round(value, 3) for name, value in self.seconds.items()},
+        )
+        self._manifest(imported, result, digest, parameters).write(directory)
+        text = json.dumps(result.to_dict(), indent=1, ensure_ascii=False)
+        (directory / "report.json").write_text(text + "\n", encoding="utf-8")
+        return result
+
+    def _context_length(self) -> int | None:
+        """Return what the user asked for, or the model's own length, at most the default."""
+        own = self.source.config.get("max_position_embeddings")
+        if self.options.context_length is None and isinstance(own, int):
+            return min(own, DEFAULT_CONTEXT)
+        return self.options.context_length
+
+    def _ignored(self) -> tuple[str, ...]:
+        checkpoint = self.source.checkpoint
+        return () if checkpoint is None else tuple(checkpoint.quantization.ignore)
+
+    def _run_passes(
+        self, imported: ImportedModel, records: tuple[ParamRecord, ...]
+    ) -> tuple[tvm.IRModule, PackPlan, int]:
+        chunk = min(self.options.prefill_chunk, imported.model.context_length)
+        options = PipelineOptions(
+            self.target,
+            _kv_spec(imported),
+            {
+                "n": max(chunk, self.options.max_batch),
+                "m": max(self.options.max_batch, manifests.SCORE_ROWS),
+            },
+            self.options.activations,
+        )
+        workspace = 0
+        dump = self.options.debug_dump
+        if dump is not None:
+            dump.mkdir(parents=True, exist_ok=True)
+
+        def observe(phase: str, mod: tvm.IRModule) -> None:
+            nonlocal workspace
+            if phase == "memory":
+                workspace = workspace_bytes(mod)
+            if dump is not None:
+                number = len(list(dump.glob("*.py")))
+                (dump / f"{number}-{phase}.py").write_text(mod.script(), encoding="utf-8")
+
+        mod, plan = run(imported.mod, records, options, observe)
+        return mod, plan, workspace
+
+    def _manifest(
+        self,
+        imported: ImportedModel,
+        result: CompileReport,
+        digest: str,
+        parameters: tuple[manifests.Parameter, ...],
+    ) -> manifests.Manifest:
+        model = imported.model
+        target = self.target
+        return manifests.Manifest(
+            producer=f"gqsa-compiler {metadata.version('gqsa-compiler')}",
+            versions=manifests.Versions(str(tvm.__version__), str(tvm_ffi.__version__)),
+            target=manifests.Target(
+                target.name, target.kind, target.arch, target.required_flags, 1, target.triple
+            ),
+            library=manifests.Library(artefact.LIBRARY, digest),
+            model=manifests.ModelInfo(
+                name=self.source.name,
+                architecture=model.architecture,
+                vocab_size=model.vocab_size,
+                hidden_size=model.hidden_size,
+                num_layers=model.num_layers,
+                num_key_value_heads=model.num_key_value_heads,
+                head_dim=model.head_dim,
+                context_length=model.context_length,
+                prefill_chunk=min(self.options.prefill_chunk, model.context_length),
+                max_batch=self.options.max_batch,
+                sliding_window=model.sliding_window,
+                bos_token_id=model.bos_token_id,
+                eos_token_ids=tuple(model.eos_token_ids),
+                activations=self.options.activations,
+            ),
+            kv_cache=manifests.KVCacheInfo(
+                _kv_spec(imported).dtype,
+                _kv_spec(imported).page_size,
+                result.kv_cache_bytes_per_token,
+            ),
+            memory=manifests.Memory(
+                sum(result.bytes_by_kind.values()),
+                result.kv_cache_bytes_per_token,
+                result.workspace_bytes,
+            ),
+            parameters_file=artefact.PARAMETERS,
+            parameters=parameters,
+            kernels=tuple(manifests.Kernel(**asdict(use)) for use in result.kernels),
+            bytes_per_token=result.bytes_per_token,
+        )
+
+
+class _Weights:
+    """The weights of one compilation, as records and as arrays."""
+
+    def __init__(self, source: ModelSource, imported: ImportedModel) -> None:
+        self.imported = imported
+        self._layers: dict[str, BSRLayer] = {}
+        if source.checkpoint is not None:
+            for name in source.checkpoint.layer_names:
+                self._layers[f"{name}.weight"] = source.checkpoint.layer(name)
+
+    def load(self, name: str) -> npt.NDArray[Any]:
+        """Return a dense parameter."""
+        return self.imported.load(name)
+
+    def layer(self, name: str) -> BSRLayer:
+        """Return a compressed layer by its parameter's name."""
+        return self._layers[name]
+
+    def records(self) -> tuple[ParamRecord, ...]:
+        """Describe every parameter of the imported module, in order."""
+        names = self.imported.params
+        unknown = sorted(set(self._layers) - set(names))
+        if unknown:
+            raise CompileError(
+                f"The checkpoint has {len(unknown)} compressed layers that the model does not "
+                f"use: {', '.join(unknown[:5])}."
+            )
+        return tuple(self._record(name) for name in names)
+
+    def _record(self, name: str) -> ParamRecord:
+        layer = self._layers.get(name)
+        if layer is None:
+            array = self.imported.load(name)
+            dtype = str(array.dtype) if array.ndim >= 2 else "float32"
+            return ParamRecord(name, "dense", dtype, array.shape, nbytes=array.nbytes)
+        counts = layer.indptr[1:] - layer.indptr[:-1]
+        return ParamRecord(
+            name,
+            "bsr_int4",
+            "int4",
+            layer.shape,
+            group_size=layer.group_size,
+            nnz=layer.nnz,
+            max_row_nnz=int(counts.max(initial=0)),
+            symmetric=layer.symmetric,
+            nbytes=layer.nbytes,
+        )
+
+
+def _kv_spec(imported: ImportedModel) -> KVCacheSpec:
+    model = imported.model
+    return KVCacheSpec(
+        num_layers=model.num_layers,
+        num_attention_heads=model.num_attention_heads,
+        num_key_value_heads=model.num_key_value_heads,
+        head_dim=model.head_dim,
+        attn_kinds=tuple(model.attn_kinds),
+        sliding_window=model.sliding_window,
+    )
+
+
+def _kv_bytes(imported: ImportedModel) -> int:
+    model = imported.model
+    itemsize = {"float32": 4, "float16": 2}[_kv_spec(imported).dtype]
+    return 2 * model.num_layers * model.num_key_value_heads * model.head_dim * itemsize
+
+
+def _compile(
+    model: str,
+    output: str | Path,
+    *,
+    recipe: str | None = None,
+    overwrite: bool = False,
+    progress: Progress | None = None,
+    **options: Any,
+) -> CompileReport:
+    """Compile a model: `compile_model` with the fields of `CompileOptions` as keywords."""
+    return compile_model(
+        model,
+        output,
+        CompileOptions(**options),
+        recipe=recipe,
+        overwrite=overwrite,
+        progress=progress,
+    )
+
+
+make_callable(__name__, _compile)

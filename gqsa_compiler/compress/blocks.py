@@ -1,0 +1,184 @@
+"""A transformers decoder as a row of blocks, found by structure, run one at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gqsa_compiler.errors import ModelError
+
+Arguments = tuple[tuple[Any, ...], dict[str, Any]]
+
+
+class _Stop(Exception):
+    """Leaves a forward pass early."""
+
+
+@dataclass(frozen=True, eq=False)
+class BlockInputs:
+    """What the decoder blocks are called with.
+
+    Parameters
+    ----------
+    hidden : list of float32 [B, T, H]
+        The first block's input, batch by batch.
+    arguments : list
+        For each block, what follows the hidden states: the rest of the positional arguments and
+        the keyword arguments (masks, rotary tables), the same for every batch.
+    """
+
+    hidden: list[Tensor]
+    arguments: list[Arguments]
+
+
+def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
+    """Find the decoder blocks and their module path.
+
+    They are the longest list of modules of one class that hold linear layers.
+
+    Raises
+    ------
+    ModelError
+        There is no such list.
+    """
+    found: tuple[str, nn.ModuleList] | None = None
+    for name, module in model.named_modules():
+        if (
+            isinstance(module, nn.ModuleList)
+            and len({type(item) for item in module}) == 1
+            and any(isinstance(part, nn.Linear) for part in module[0].modules())
+            and (found is None or len(module) > len(found[1]))
+        ):
+            found = name, module
+    if found is None:
+        raise ModelError(f"{type(model).__name__} has no list of decoder blocks to compress.")
+    return found
+
+
+def linear_layers(block: nn.Module) -> dict[str, nn.Linear]:
+    """List a block's linear layers by their path inside it."""
+    return {n: m for n, m in block.named_modules() if isinstance(m, nn.Linear)}
+
+
+def to_float32(value: Any) -> Any:
+    """Copy a block's arguments with their floating tensors as float32."""
+    if isinstance(value, Tensor):
+        return value.float() if value.is_floating_point() else value
+    if isinstance(value, (tuple, list)):
+        return type(value)(to_float32(item) for item in value)
+    if isinstance(value, dict):
+        return {key: to_float32(item) for key, item in value.items()}
+    return value
+
+
+@torch.no_grad()
+def capture_inputs(model: nn.Module, blocks: nn.ModuleList, batches: list[Tensor]) -> BlockInputs:
+    """Run the model on token batches as far as is needed to know its blocks' inputs.
+
+    Parameters
+    ----------
+    model : nn.Module
+        A transformers causal language model.
+    blocks : nn.ModuleList
+        Its blocks.
+    batches : list of int64 [B, T]
+        All of one shape.
+    """
+    hidden: list[Tensor] = []
+    arguments: list[Arguments] = []
+
+    def first(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        hidden.append((args[0] if args else kwargs["hidden_states"]).float())
+        if len(hidden) > 1:
+            raise _Stop
+
+    def every(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        rest = {key: value for key, value in kwargs.items() if key != "hidden_states"}
+        arguments.append(to_float32((args[1:], rest)))
+
+    handles = [blocks[0].register_forward_pre_hook(first, with_kwargs=True)]
+    # The first batch runs through all blocks: their arguments can differ (sliding windows).
+    handles += [b.register_forward_pre_hook(every, with_kwargs=True) for b in blocks]
+    try:
+        for batch in batches:
+            try:
+                model(input_ids=batch, use_cache=False, logits_to_keep=1)
+            except _Stop:
+                continue
+    finally:
+        for handle in handles:
+            handle.remove()
+    return BlockInputs(hidden, arguments[: len(blocks)])
+
+
+def run_block(block: nn.Module, hidden: Tensor, arguments: Arguments) -> Tensor:
+    """Run one block; float32 [B, T, H] in and out."""
+    rest, keywords = arguments
+    result = block(hidden, *rest, **keywords)
+    return result[0] if isinstance(result, tuple) else result
+
+
+@contextmanager
+def watch_inputs(
+    block: nn.Module, names: tuple[str, ...], see: Callable[[str, Tensor], None]
+) -> Iterator[None]:
+    """Call ``see(name, input)`` whenever one of the named linear layers is about to run."""
+    layers = linear_layers(block)
+
+    def hook(name: str) -> Any:
+        def before(module: nn.Module, args: tuple[Any, ...]) -> None:
+            see(name, args[0])
+
+        return before
+
+    handles = [layers[name].register_forward_pre_hook(hook(name)) for name in names]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def input_groups(
+    block: nn.Module, hidden: Tensor, arguments: Arguments
+) -> tuple[tuple[str, ...], ...]:
+    """Order a block's linear layers as they run, those with one input together.
+
+    Returns
+    -------
+    tuple of tuple of str
+        For a Llama: (q, k, v), (o,), (gate, up), (down,), as paths inside the block.
+    """
+    groups: list[tuple[Tensor, list[str]]] = []
+
+    def see(name: str, tensor: Tensor) -> None:
+        for known, members in groups:
+            if known is tensor:
+                members.append(name)
+                return
+        groups.append((tensor, [name]))
+
+    with watch_inputs(block, tuple(linear_layers(block)), see):
+        run_block(block, hidden, arguments)
+    return tuple(tuple(members) for _, members in groups)
+
+
+def layer_input(block: nn.Module, name: str, hidden: Tensor, arguments: Arguments) -> Tensor:
+    """Return the input of one linear layer; the block runs no further than to it."""
+    seen: list[Tensor] = []
+
+    def see(_: str, tensor: Tensor) -> None:
+        seen.append(tensor)
+        raise _Stop
+
+    with watch_inputs(block, (name,), see):
+        try:
+            run_block(block, hidden, arguments)
+        except _Stop:
+            pass
+    return seen[0]

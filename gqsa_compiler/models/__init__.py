@@ -1,0 +1,1 @@
+"""Decoder definitions, one file per architecture; `registry` lists what is supported."""

@@ -1,0 +1,189 @@
+"""Write an output directory aside and rename it when it is whole."""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import os
+import secrets
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from gqsa_compiler.errors import GqsaError, UsageError
+
+# Every directory that this project writes holds one of these. `overwrite` deletes nothing else,
+# so that a slip such as `-o ~ --overwrite` costs nobody their files.
+_OUTPUT_MARKS = ("config.json", "manifest.json")
+_DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
+_RENAME_EXCHANGE = 2
+_AT_FDCWD = -100
+
+
+@contextmanager
+def staged_directory(path: str | os.PathLike[str], *, overwrite: bool = False) -> Iterator[Path]:
+    """Yield an empty directory beside `path` that takes its name when the block ends well.
+
+    On any exception, Ctrl-C included, the directory and the parents made for it are removed and
+    `path` is as it was. Readers never see a half written `path`.
+
+    Parameters
+    ----------
+    path : path
+        The output directory. Missing parents are made. A symbolic link is followed.
+    overwrite : bool
+        Replace an existing directory, in one step where the system can (Linux), otherwise
+        in two renames that are undone on failure. It must be empty or hold a ``config.json`` or
+        ``manifest.json``.
+
+    Yields
+    ------
+    Path
+        The directory to write into, ``<name>.tmp-<random>``, on the same file system.
+
+    Raises
+    ------
+    UsageError
+        `path` exists and `overwrite` is false, is not a directory, is not one of this project's
+        outputs, or cannot be made or replaced.
+    GqsaError
+        The disk is full (whatever the library that noticed it raised).
+    """
+    final = Path(os.path.realpath(path))
+    _check_free(final, overwrite)
+    made = _make_parents(final.parent)
+    staging = final.parent / f"{final.name[:200]}.tmp-{secrets.token_hex(4)}"
+    try:
+        try:
+            staging.mkdir()
+        except OSError as error:
+            raise _cannot("create", final, error) from error
+        yield staging
+        _check_free(final, overwrite)  # somebody may have made it since
+        _publish(staging, final)
+    except BaseException as error:
+        shutil.rmtree(staging, ignore_errors=True)
+        for parent in made:
+            with suppress(OSError):  # somebody else uses it by now
+                parent.rmdir()
+        if isinstance(error, Exception) and not isinstance(error, GqsaError) and disk_full(error):
+            raise _no_space(final, staging, error) from error
+        raise
+    # After an exchange the old directory has the staging name.
+    shutil.rmtree(staging, ignore_errors=True)
+    if staging.exists():
+        raise GqsaError(
+            f"{final} is written, but what it replaced could not be removed; delete {staging}."
+        )
+
+
+def disk_full(error: BaseException) -> bool:
+    """Whether `error` or what caused it says that no space (or quota) is left on a disk."""
+    seen: BaseException | None = error
+    while seen is not None:
+        if isinstance(seen, OSError) and seen.errno in _DISK_FULL:
+            return True
+        # Libraries in Rust and C++ (safetensors, LLVM) only pass on the text.
+        if "No space left on device" in str(seen):
+            return True
+        seen = seen.__cause__ or seen.__context__
+    return False
+
+
+def _no_space(final: Path, staging: Path, error: Exception) -> GqsaError:
+    where = final.parent
+    named = getattr(error, "filename", None)
+    if isinstance(named, str) and not Path(named).is_relative_to(staging):
+        where = Path(named).parent
+    return GqsaError(
+        f"No space left on the disk of {where} while writing {final}; nothing of it was kept. "
+        "Free some space or choose another output directory."
+    )
+
+
+def _cannot(verb: str, final: Path, error: OSError) -> GqsaError:
+    if error.errno in _DISK_FULL:
+        return _no_space(final, final, error)
+    reason = error.strerror or str(error)
+    return UsageError(f"Cannot {verb} the output directory {final}: {reason}.")
+
+
+def _check_free(final: Path, overwrite: bool) -> None:
+    if not final.name:
+        raise UsageError(f"{final} cannot be an output directory; name a directory inside it.")
+    if not os.path.lexists(final):
+        return
+    if not final.is_dir():
+        raise UsageError(f"The output {final} exists and is not a directory; choose another name.")
+    if not overwrite:
+        raise UsageError(
+            f"The output directory {final} exists; choose another name or overwrite it "
+            "(--overwrite)."
+        )
+    try:
+        names = {entry.name for entry in final.iterdir()}
+    except OSError as error:
+        raise _cannot("read", final, error) from error
+    if names and names.isdisjoint(_OUTPUT_MARKS):
+        raise UsageError(
+            f"{final} is not overwritten: it holds files but no {' or '.join(_OUTPUT_MARKS)}, "
+            "so it is no output of gqsa. Choose another name, or delete it yourself."
+        )
+
+
+def _make_parents(parent: Path) -> list[Path]:
+    """Make `parent` and return the directories that were missing, the innermost first."""
+    missing = []
+    probe = parent
+    while not os.path.lexists(probe):
+        missing.append(probe)
+        probe = probe.parent
+    try:
+        parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        for made in missing:
+            with suppress(OSError):
+                made.rmdir()
+        raise _cannot("create", parent, error) from error
+    return missing
+
+
+def _publish(staging: Path, final: Path) -> None:
+    try:
+        if not final.exists():
+            staging.rename(final)
+        elif not _exchange(staging, final):
+            _replace(staging, final)
+    except OSError as error:
+        raise _cannot("replace", final, error) from error
+
+
+def _exchange(staging: Path, final: Path) -> bool:
+    """Swap the two names in one step; False where the system or file system cannot."""
+    try:
+        renameat2 = ctypes.CDLL(None, use_errno=True).renameat2
+    except (AttributeError, OSError):
+        return False
+    status = renameat2(
+        _AT_FDCWD, os.fsencode(staging), _AT_FDCWD, os.fsencode(final), _RENAME_EXCHANGE
+    )
+    if status == 0:
+        return True
+    code = ctypes.get_errno()
+    if code in (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP):
+        return False
+    raise OSError(code, os.strerror(code))
+
+
+def _replace(staging: Path, final: Path) -> None:
+    aside = final.with_name(f"{final.name[:200]}.old-{secrets.token_hex(4)}")
+    try:
+        final.rename(aside)
+        staging.rename(final)
+    except BaseException:
+        if aside.exists() and not final.exists():
+            aside.rename(final)
+        raise
+    # The caller removes the staging name.
+    aside.rename(staging)

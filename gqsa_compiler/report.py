@@ -1,0 +1,192 @@
+"""What a compilation came to: bytes by kind, kernels, fallbacks and their cost."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+
+from gqsa_compiler.passes.plan import BiasTensor, Kernel, PackedTensor, PackPlan, RawTensor, Tensor
+
+
+@dataclass(frozen=True)
+class KernelUse:
+    """One kernel of the compiled model and what it reads.
+
+    `bytes` is what one pass over its weights reads; `fallback` says that the layer could have
+    been sparse but is dense.
+    """
+
+    layer: str
+    kernel: str
+    layout_version: int
+    config: dict[str, Any]
+    n: int
+    k: int
+    weight: str
+    group_size: int | None
+    sparsity: float
+    bytes: int
+    fallback: bool
+
+
+@dataclass(frozen=True)
+class Fallback:
+    """A linear layer that did not become sparse, why, and the bytes a token that it costs."""
+
+    layer: str
+    reason: str
+    bytes: int
+    extra_bytes: int
+    by_choice: bool
+
+
+@dataclass(frozen=True)
+class CompileReport:
+    """The result of `gqsa_compiler.compile.compile_model`.
+
+    Parameters
+    ----------
+    output : str
+        The artefact's directory.
+    target : str
+    bytes_by_kind : dict
+        ``compressed``, ``dense_linear``, ``embedding``, ``other``; their sum is the size of the
+        weights in memory. A tied embedding counts as ``dense_linear``: the head reads it.
+    bits_per_weight : float
+        Of the compressed layers, packed, over their decoded size N * K; 0 when there are none.
+    bytes_per_token : int
+        Weight bytes that one decoded token reads.
+    workspace_bytes, kv_cache_bytes_per_token : int
+    kernels : tuple of KernelUse
+    kernel_counts : dict
+        Layers served, by kernel name.
+    fallbacks : tuple of Fallback
+    seconds : dict
+        Wall time by stage.
+    """
+
+    output: str
+    target: str
+    bytes_by_kind: dict[str, int]
+    bits_per_weight: float
+    bytes_per_token: int
+    workspace_bytes: int
+    kv_cache_bytes_per_token: int
+    kernels: tuple[KernelUse, ...]
+    kernel_counts: dict[str, int]
+    fallbacks: tuple[Fallback, ...]
+    seconds: dict[str, float]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain dictionaries and lists, as `report.json` has them."""
+        return asdict(self)
+
+
+def tensor_bytes(tensor: Tensor) -> int:
+    """Bytes of one tensor of the plan."""
+    # Not np.dtype(): numpy has no bfloat16 of its own.
+    item = 2 if tensor.dtype == "bfloat16" else np.dtype(tensor.dtype).itemsize
+    return int(np.prod(tensor.shape, dtype=np.int64)) * item
+
+
+def kernel_bytes(plan: PackPlan, kernel: Kernel) -> int:
+    """Bytes of weights that one pass of a kernel reads."""
+    if kernel.shares_stored_tensor:
+        return tensor_bytes(RawTensor(kernel.records[0]))
+    return sum(
+        tensor_bytes(t) for t in plan.tensors if isinstance(t, PackedTensor) and t.kernel is kernel
+    )
+
+
+def kernel_uses(
+    plan: PackPlan, compressed: bool, ignored: Sequence[str]
+) -> tuple[tuple[KernelUse, ...], tuple[Fallback, ...]]:
+    """Describe every kernel of a plan and list the layers that stayed dense.
+
+    Parameters
+    ----------
+    plan : PackPlan
+    compressed : bool
+        The model is a GQSA checkpoint, so a dense linear layer is worth a line.
+    ignored : sequence of str
+        Layers that the checkpoint leaves out on purpose.
+    """
+    uses, dense = [], []
+    packed_bytes = packed_weights = 0
+    for kernel in plan.kernels:
+        spec, size = kernel.spec, kernel_bytes(plan, kernel)
+        is_dense = spec.weight == "dense"
+        on_purpose = all(_is_ignored(record.layer, ignored) for record in kernel.records)
+        total = spec.n * (spec.k // spec.group_size) if spec.group_size else 0
+        uses.append(
+            KernelUse(
+                kernel.name,
+                kernel.rule.name,
+                kernel.rule.layout_version,
+                asdict(kernel.config),
+                spec.n,
+                spec.k,
+                "bsr-int4" if not is_dense else spec.weight_dtype,
+                spec.group_size or None,
+                1.0 - spec.nnz / total if total else 0.0,
+                size,
+                compressed and is_dense and not on_purpose,
+            )
+        )
+        if is_dense:
+            dense.append((kernel, size, on_purpose))
+        else:
+            packed_bytes += size
+            packed_weights += spec.n * spec.k
+    if not compressed:
+        return tuple(uses), ()
+    mean = packed_bytes / packed_weights if packed_weights else 0.0
+    fallbacks = tuple(
+        Fallback(
+            kernel.name,
+            "left dense on purpose (`ignore` in the checkpoint)"
+            if on_purpose
+            else "not compressed in the checkpoint",
+            size,
+            max(0, round(size - mean * kernel.spec.n * kernel.spec.k)),
+            on_purpose,
+        )
+        for kernel, size, on_purpose in dense
+    )
+    return tuple(uses), fallbacks
+
+
+def _is_ignored(layer: str, ignored: Sequence[str]) -> bool:
+    """A layer is ignored by its full name, or by its last component; a tied head is `lm_head`."""
+    names = {layer, layer.rpartition(".")[2]}
+    if layer.endswith("embed_tokens"):
+        names.add("lm_head")
+    return bool(names & set(ignored))
+
+
+def bytes_by_kind(plan: PackPlan) -> dict[str, int]:
+    """Sum the plan's bytes by kind of tensor."""
+    heads = {k.records[0].name for k in plan.kernels if k.shares_stored_tensor}
+    kinds: Counter[str] = Counter(compressed=0, dense_linear=0, embedding=0, other=0)
+    for tensor in plan.tensors:
+        if isinstance(tensor, PackedTensor):
+            kind = "dense_linear" if tensor.kernel.spec.weight == "dense" else "compressed"
+        elif isinstance(tensor, BiasTensor) or len(tensor.shape) < 2:
+            kind = "other"
+        elif tensor.name in heads:
+            kind = "dense_linear"
+        else:
+            kind = "embedding" if "embed" in tensor.name else "other"
+        kinds[kind] += tensor_bytes(tensor)
+    return dict(kinds)
+
+
+def bits_per_weight(plan: PackPlan) -> float:
+    """Packed bits of the compressed layers over their decoded weights."""
+    kernels = [k for k in plan.kernels if k.spec.weight == "bsr_int4"]
+    weights = sum(k.spec.n * k.spec.k for k in kernels)
+    return 8 * sum(kernel_bytes(plan, k) for k in kernels) / weights if weights else 0.0

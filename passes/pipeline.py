@@ -1,0 +1,156 @@
+"""The compiler's passes: one list, in phases."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+from gqsa_compiler._tvm import Target, relax, tvm
+from gqsa_compiler.passes.bind import BindRecords
+from gqsa_compiler.passes.fold_parallel_linears import FoldParallelLinears
+from gqsa_compiler.passes.fuse_epilogue import FuseActivation, FuseBias, FuseResidual
+from gqsa_compiler.passes.fuse_norm import FuseNorm
+from gqsa_compiler.passes.memory import BoundTokens
+from gqsa_compiler.passes.plan import PackPlan
+from gqsa_compiler.passes.records import ParamRecord
+from gqsa_compiler.passes.rewrite_linear import RewriteLinear
+from gqsa_compiler.passes.schedule_rest import CheckScheduled, ScheduleRest
+from gqsa_compiler.passes.select_kernels import SelectKernels
+from gqsa_compiler.passes.select_norms import SelectNorms
+from gqsa_compiler.schedules.kv_cache import KVCacheSpec, attach_kv_cache
+from gqsa_compiler.schedules.spec import ActivationDtype
+from gqsa_compiler.targets import TargetSpec
+
+Phase = tuple[str, Sequence[tvm.transform.Pass]]
+
+
+@dataclass(frozen=True)
+class PipelineOptions:
+    """What the passes need to know besides the module.
+
+    Parameters
+    ----------
+    target : TargetSpec
+    kv_cache : KVCacheSpec or None
+        None for a module without attention.
+    token_bounds : mapping
+        Largest value of each symbolic token count by its name.
+    activation_dtype : str
+        For compressed layers.
+    """
+
+    target: TargetSpec
+    kv_cache: KVCacheSpec | None
+    token_bounds: Mapping[str, int]
+    activation_dtype: ActivationDtype = "float32"
+
+
+def phases(
+    records: Sequence[ParamRecord], options: PipelineOptions, plan: PackPlan
+) -> tuple[Phase, ...]:
+    """List every pass, by phase. `plan` is filled by phase ``dispatch``."""
+    transform = relax.transform
+    return (
+        (
+            "bind",
+            [
+                BindRecords(records),  # storage dtypes and compression records, for all below
+                BoundTokens(options.token_bounds),  # lets memory be planned for dynamic shapes
+            ],
+        ),
+        (
+            "graph",
+            [
+                RewriteLinear(options.activation_dtype),  # matmul(x, W^T) -> one op with a spec
+                FuseBias(),  # before folding, so that q, k and v carry theirs along
+                FoldParallelLinears(),  # q, k, v and gate, up: one launch, one read of x
+                FuseActivation(),  # act(linear): saves a pass over the output
+                FuseResidual(),  # linear + r: likewise
+                FuseNorm(),  # linear(rms_norm): likewise, over the input
+                transform.CanonicalizeBindings(),  # drops the aliases that fusing left
+            ],
+        ),
+        (
+            "dispatch",
+            [
+                SelectKernels(options.target, plan),  # rule, configuration, packed parameters
+                SelectNorms(),  # norms that nothing absorbed
+                _attach_kv_cache(options),  # the paged cache with this target's attention
+            ],
+        ),
+        (
+            "lower",
+            [
+                transform.LegalizeOps(),  # what is left of Relax operators -> TIR
+                transform.AnnotateTIROpPattern(),
+                transform.FoldConstant(),
+                transform.FuseOps(),  # chains of element-wise operators
+                transform.FuseTIR(),
+                transform.DeadCodeElimination(),
+                ScheduleRest(),  # vectorise those
+                CheckScheduled(),  # nothing unscheduled may reach code generation
+            ],
+        ),
+        (
+            "memory",
+            [
+                transform.RewriteDataflowReshape(),
+                transform.ToNonDataflow(),
+                transform.RemovePurityChecking(),
+                transform.CallTIRRewrite(),
+                transform.StaticPlanBlockMemory(),
+            ],
+        ),
+        (
+            "finalize",
+            [
+                transform.LowerAllocTensor(),
+                transform.KillAfterLastUse(),
+                transform.LowerRuntimeBuiltin(),
+                transform.ComputePrimValue(),
+                transform.VMShapeLower(),
+                transform.AttachGlobalSymbol(),
+            ],
+        ),
+    )
+
+
+def run(
+    mod: tvm.IRModule,
+    records: Sequence[ParamRecord],
+    options: PipelineOptions,
+    observe: Callable[[str, tvm.IRModule], None] | None = None,
+) -> tuple[tvm.IRModule, PackPlan]:
+    """Run all phases.
+
+    Parameters
+    ----------
+    mod : IRModule
+        A frontend's dense module.
+    records : sequence of ParamRecord
+        In the order of the functions' parameters.
+    options : PipelineOptions
+    observe : callable or None
+        Called with each phase's name and the module after it (``--debug-dump``).
+
+    Returns
+    -------
+    IRModule, PackPlan
+        The lowered module, and the tensors its functions take.
+    """
+    plan = PackPlan()
+    with Target(options.target.tvm_dict()):
+        for name, passes in phases(records, options, plan):
+            mod = tvm.transform.Sequential(list(passes), name=name)(mod)
+            if observe is not None:
+                observe(name, mod)
+    return mod, plan
+
+
+def _attach_kv_cache(options: PipelineOptions) -> tvm.transform.Pass:
+    def transform(mod: tvm.IRModule, _ctx: tvm.transform.PassContext) -> tvm.IRModule:
+        if options.kv_cache is None:
+            return mod
+        return attach_kv_cache(mod, options.kv_cache, options.target)
+
+    return tvm.transform.module_pass(transform, opt_level=0, name="AttachKVCache")

@@ -1,0 +1,126 @@
+"""What the compiled module reads: every parameter tensor, in order, and how it is made."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from gqsa_compiler.passes.records import ParamRecord
+from gqsa_compiler.schedules.rule import KernelConfig, ScheduleRule
+from gqsa_compiler.schedules.spec import LinearSpec
+
+
+@dataclass(frozen=True)
+class RawTensor:
+    """A parameter stored as the model has it (embedding, norm weight, RoPE table)."""
+
+    record: ParamRecord
+
+    @property
+    def name(self) -> str:
+        """Name in the artefact: the model's own."""
+        return self.record.name
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape in the artefact."""
+        return self.record.shape
+
+    @property
+    def dtype(self) -> str:
+        """Dtype in the artefact."""
+        return self.record.dtype
+
+
+@dataclass(frozen=True)
+class BiasTensor:
+    """The biases of the layers of one kernel, one after the other, float32 [N]."""
+
+    records: tuple[ParamRecord, ...]
+
+    @property
+    def name(self) -> str:
+        """Name in the artefact."""
+        return folded_name([record.name.removesuffix(".bias") for record in self.records]) + ".bias"
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape in the artefact."""
+        return (sum(record.shape[0] for record in self.records),)
+
+    @property
+    def dtype(self) -> str:
+        """Dtype in the artefact."""
+        return "float32"
+
+
+@dataclass(frozen=True, eq=False)
+class Kernel:
+    """One linear kernel with its weights: the unit of packing and of the report."""
+
+    records: tuple[ParamRecord, ...]
+    spec: LinearSpec
+    rule: ScheduleRule[Any]
+    config: KernelConfig
+
+    @property
+    def name(self) -> str:
+        """The layers' names, folded: ``model.layers.0.self_attn.{q_proj+k_proj+v_proj}``."""
+        return folded_name([record.layer for record in self.records])
+
+    @property
+    def shares_stored_tensor(self) -> bool:
+        """Whether the kernel reads the one stored tensor itself, so that no copy is packed."""
+        return len(self.records) == 1 and self.rule.reads_stored_layout
+
+
+@dataclass(frozen=True, eq=False)
+class PackedTensor:
+    """One of the tensors that a kernel's rule packs."""
+
+    kernel: Kernel
+    part: str
+    shape: tuple[int, ...]
+    dtype: str
+
+    @property
+    def name(self) -> str:
+        """Name in the artefact."""
+        return f"{self.kernel.name}.{self.part}"
+
+
+Tensor = RawTensor | BiasTensor | PackedTensor
+
+
+@dataclass
+class PackPlan:
+    """Filled by the pass `SelectKernels`, read by the artefact's writer.
+
+    Attributes
+    ----------
+    tensors : list
+        In the order of the parameter tuple that every compiled function takes last.
+    kernels : list of Kernel
+    """
+
+    tensors: list[Tensor] = field(default_factory=list)
+    kernels: list[Kernel] = field(default_factory=list)
+    _index: dict[str, int] = field(default_factory=dict)
+
+    def add(self, tensor: Tensor) -> int:
+        """Return the tensor's place, appending it when its name is new."""
+        if tensor.name not in self._index:
+            self._index[tensor.name] = len(self.tensors)
+            self.tensors.append(tensor)
+        return self._index[tensor.name]
+
+
+def folded_name(layers: list[str]) -> str:
+    """Join layer names at their common parent: ``a.b.{x+y}``."""
+    if len(layers) == 1:
+        return layers[0]
+    parents = {layer.rpartition(".")[0] for layer in layers}
+    if len(parents) > 1:
+        return "+".join(layers)
+    leaves = "+".join(layer.rpartition(".")[2] for layer in layers)
+    return f"{parents.pop()}.{{{leaves}}}"

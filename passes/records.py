@@ -1,0 +1,72 @@
+"""What the compiler knows of each weight: how the checkpoint stores it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Literal
+
+from gqsa_compiler._tvm import tvm
+
+ATTR = "gqsa.records"
+"""Module attribute that holds the records, as JSON, in the order of the functions' parameters."""
+
+
+@dataclass(frozen=True)
+class ParamRecord:
+    """One model parameter as the checkpoint stores it.
+
+    Parameters
+    ----------
+    name : str
+        Tensor name in the model, e.g. ``model.layers.0.mlp.up_proj.weight``.
+    storage : str
+        ``bsr_int4`` (a compressed linear layer) or ``dense``.
+    dtype : str
+        Storage dtype of a dense tensor; ``int4`` for a compressed one.
+    shape : tuple of int
+        Of the decoded tensor.
+    group_size, nnz, max_row_nnz : int
+        G, kept groups, and the most kept groups of a row; 0 for dense.
+    symmetric : bool
+        No stored zero points.
+    nbytes : int
+        Bytes in the checkpoint.
+    """
+
+    name: str
+    storage: Literal["bsr_int4", "dense"]
+    dtype: str
+    shape: tuple[int, ...]
+    group_size: int = 0
+    nnz: int = 0
+    max_row_nnz: int = 0
+    symmetric: bool = False
+    nbytes: int = 0
+
+    @property
+    def layer(self) -> str:
+        """The module that owns the parameter: the name without ``.weight``."""
+        return self.name.removesuffix(".weight")
+
+    @property
+    def sparsity(self) -> float:
+        """Share of dropped groups."""
+        if self.storage == "dense":
+            return 0.0
+        return 1.0 - self.nnz / (self.shape[0] * (self.shape[1] // self.group_size))
+
+
+def attach(mod: tvm.IRModule, records: Sequence[ParamRecord]) -> tvm.IRModule:
+    """Return `mod` with the records as an attribute."""
+    return mod.with_attr(ATTR, json.dumps([asdict(record) for record in records]))
+
+
+def read(mod: tvm.IRModule) -> tuple[ParamRecord, ...]:
+    """Read the records of `mod`, in parameter order; empty when none are attached."""
+    text = mod.attrs.get(ATTR) if mod.attrs else None
+    if text is None:
+        return ()
+    fields = json.loads(str(text))
+    return tuple(ParamRecord(**{**f, "shape": tuple(f["shape"])}) for f in fields)

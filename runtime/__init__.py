@@ -1,0 +1,57 @@
+"""Loads compiled artefacts and runs them; needs no compiler and no torch.
+
+    >>> from gqsa_compiler import runtime
+    >>> model = runtime.load("smollm2.gqsa")        # doctest: +SKIP
+    >>> model.generate("The capital of France is", max_tokens=8).text   # doctest: +SKIP
+
+Names are imported on first use, so that importing one small module of this package costs nothing.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from gqsa_compiler.runtime.engine import Session
+    from gqsa_compiler.runtime.errors import ArtefactError, GqsaError, UsageError
+    from gqsa_compiler.runtime.manifest import Manifest
+    from gqsa_compiler.runtime.model import Generation, Model, Timings, load
+    from gqsa_compiler.runtime.sampling import SamplingOptions
+
+__all__ = [
+    "ArtefactError",
+    "Generation",
+    "GqsaError",
+    "Manifest",
+    "Model",
+    "SamplingOptions",
+    "Session",
+    "Timings",
+    "UsageError",
+    "load",
+]
+
+_MODULES = {
+    "ArtefactError": "errors",
+    "Generation": "model",
+    "GqsaError": "errors",
+    "Manifest": "manifest",
+    "Model": "model",
+    "SamplingOptions": "sampling",
+    "Session": "engine",
+    "Timings": "model",
+    "UsageError": "errors",
+    "load": "model",
+}
+
+
+def __getattr__(name: str) -> Any:
+    module = _MODULES.get(name)
+    if module is None:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{module}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,134 @@
+"""The model's own chat template (Jinja), rendered as transformers renders it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from datetime import datetime
+from pathlib import Path
+from typing import Any, NoReturn
+
+import jinja2
+from jinja2 import nodes
+from jinja2.ext import Extension, loopcontrols
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+from gqsa_compiler.runtime.errors import ArtefactError, UsageError
+
+TEMPLATE_FILE = "chat_template.jinja"
+
+
+class _Generation(Extension):
+    """``{% generation %}`` marks the assistant's words for training; here it is just its body."""
+
+    tags = {"generation"}  # noqa: RUF012 -- jinja2's own protocol
+
+    def parse(self, parser: Any) -> nodes.Node | list[nodes.Node]:
+        next(parser.stream)
+        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+
+class ChatTemplate:
+    """A compiled chat template.
+
+    Parameters
+    ----------
+    source : str
+        Jinja. It comes with the model and is not trusted: it runs in jinja2's sandbox.
+    tokens : mapping of str to str
+        ``bos_token``, ``eos_token`` and so on, which templates refer to.
+
+    Raises
+    ------
+    ArtefactError
+        The template is not valid Jinja.
+
+    """
+
+    def __init__(self, source: str, tokens: Mapping[str, str]) -> None:
+        environment = ImmutableSandboxedEnvironment(
+            trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols]
+        )
+        environment.filters["tojson"] = _tojson
+        environment.globals["raise_exception"] = _raise_exception
+        environment.globals["strftime_now"] = lambda format: datetime.now().strftime(format)
+        try:
+            self._template = environment.from_string(source)
+        except jinja2.TemplateError as error:
+            raise ArtefactError(f"The model's chat template is not valid: {error}.") from None
+        self._tokens = dict(tokens)
+
+    def render(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        add_generation_prompt: bool = True,
+        **variables: Any,
+    ) -> str:
+        """Write a conversation as the model was trained to read it.
+
+        Parameters
+        ----------
+        messages : sequence of mappings
+            Each with ``role`` and ``content``, as the template expects.
+        add_generation_prompt : bool
+            End with the assistant's opening.
+        **variables
+            More for the template, such as ``tools`` or ``enable_thinking``.
+
+        Raises
+        ------
+        UsageError
+            There are no messages, or the template refuses them; its own words are in the message.
+
+        """
+        if not messages:
+            raise UsageError("The conversation has no messages; at least one is needed.")
+        context = {"tools": None, "documents": None, **self._tokens, **variables}
+        try:
+            return self._template.render(
+                messages=list(messages), add_generation_prompt=add_generation_prompt, **context
+            )
+        except (jinja2.TemplateError, TypeError, ValueError, KeyError) as error:
+            raise UsageError(f"The model's chat template refuses the messages: {error}.") from None
+
+
+def load_template(directory: Path, tokenizer_config: Mapping[str, Any]) -> ChatTemplate | None:
+    """Build the template of `chat_template.jinja`, else of `tokenizer_config.json`, if any."""
+    path = directory / TEMPLATE_FILE
+    source: Any = tokenizer_config.get("chat_template")
+    if path.is_file():
+        source = path.read_text(encoding="utf-8")
+    elif isinstance(source, list):  # several named ones
+        named = {t.get("name"): t.get("template") for t in source if isinstance(t, dict)}
+        source = named.get("default")
+    if not isinstance(source, str):
+        return None
+    return ChatTemplate(source, special_tokens(tokenizer_config))
+
+
+def special_tokens(tokenizer_config: Mapping[str, Any]) -> dict[str, str]:
+    """Collect ``bos_token`` and its like: plain strings, or objects with a ``content``."""
+    tokens = {}
+    for key, value in tokenizer_config.items():
+        text = value.get("content") if isinstance(value, dict) else value
+        if key.endswith("_token") and isinstance(text, str):
+            tokens[key] = text
+    return tokens
+
+
+def _tojson(
+    value: Any,
+    ensure_ascii: bool = False,
+    indent: int | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
+) -> str:
+    # jinja2's own filter escapes <, > and & for HTML, which no model has seen in training.
+    return json.dumps(
+        value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
+    )
+
+
+def _raise_exception(message: str) -> NoReturn:
+    raise jinja2.TemplateError(message)

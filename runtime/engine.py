@@ -1,0 +1,322 @@
+"""A session: the compiled functions, their parameters and one paged key/value cache.
+
+Every call into TVM is made on the session's own thread. TVM keeps its pool of workers per calling
+thread, so a session has exactly the threads it asked for and pins nobody else's; and several
+threads of a program may use one session.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+
+from gqsa_compiler.runtime import cpus, library, params
+from gqsa_compiler.runtime._ffi import tvm_ffi
+from gqsa_compiler.runtime.errors import ArtefactError, UsageError
+from gqsa_compiler.runtime.manifest import SCORE_ROWS, Manifest
+
+T = TypeVar("T")
+
+_CPU, _POOLED_ALLOCATOR = 1, 2
+_SHARE_ALL_CORES = -3  # TVM's affinity mode: the workers share the CPUs that are listed
+
+
+class Program:
+    """The compiled code and the mapped parameters of one artefact: shared by its sessions.
+
+    Parameters
+    ----------
+    directory : Path
+        The artefact.
+    manifest : Manifest
+        Its manifest.
+    verify : bool
+        Check the parameters' SHA-256.
+
+    Raises
+    ------
+    ArtefactError
+        Whatever `library.check` and `params.map_params` refuse.
+
+    """
+
+    def __init__(self, directory: Path, manifest: Manifest, *, verify: bool = True) -> None:
+        libraries = library.check(directory, manifest)
+        views = params.map_params(
+            directory / manifest.parameters_file, manifest.parameters, verify=verify
+        )
+        self.manifest = manifest
+        self.module = library.load_executable(libraries, directory / manifest.library.file)
+        # A typed view made by TVM itself: numpy has no bfloat16 to say it in.
+        create_view = tvm_ffi.get_global_func("runtime.TVMTensorCreateView")
+        self.parameters = tvm_ffi.Array(
+            [
+                create_view(_tensor(view), tvm_ffi.Shape(p.shape), tvm_ffi.dtype(p.dtype), 0)
+                for view, p in zip(views, manifest.parameters, strict=True)
+            ]
+        )
+
+
+class Session:
+    """Sequences in a paged key/value cache, and the passes over them.
+
+    Parameters
+    ----------
+    program : Program
+        The code and weights.
+    threads : int, optional
+        Worker threads; one for every core this process may use unless given.
+    context_length, max_batch : int, optional
+        Tokens a sequence may have, and sequences at once; the artefact's own unless given. The
+        cache reserves ``context_length * max_batch`` tokens of address space; memory is used as
+        sequences grow.
+
+    Raises
+    ------
+    UsageError
+        A limit is beyond what the artefact was compiled for.
+
+    """
+
+    def __init__(
+        self,
+        program: Program,
+        *,
+        threads: int | None = None,
+        context_length: int | None = None,
+        max_batch: int | None = None,
+    ) -> None:
+        model = program.manifest.model
+        self.context_length = _limit("context_length", context_length, model.context_length)
+        self.max_batch = _limit("max_batch", max_batch, min(model.max_batch, model.prefill_chunk))
+        self.vocab_size = model.vocab_size
+        self._cpus = cpus.allowed_cpus()
+        if threads is not None and not 1 <= threads <= len(self._cpus):
+            raise UsageError(
+                f"threads is {threads} and this process may use {len(self._cpus)} CPUs; "
+                f"choose 1 to {len(self._cpus)}."
+            )
+        self.threads = threads or cpus.default_threads()
+        self._chunk = model.prefill_chunk
+        self._page = program.manifest.kv_cache.page_size
+        self._parameters = program.parameters
+        self._lengths: dict[int, int] = {}
+        self._next = 0
+        self._closed = False
+        self._executor = ThreadPoolExecutor(1, thread_name_prefix="gqsa-session")
+        self._on_thread(self._start, program.module)
+
+    def _start(self, module: Any) -> None:
+        configure = tvm_ffi.get_global_func("runtime.config_threadpool")
+        configure(_SHARE_ALL_CORES, self.threads, [str(i) for i in self._cpus[: self.threads]])
+        try:
+            vm = module["vm_load_executable"]()
+            vm["vm_initialization"](_CPU, 0, _POOLED_ALLOCATOR)
+            self._forward, self._hidden = vm["forward"], vm["hidden_states"]
+            self._logits, create = vm["logits"], vm["create_kv_cache"]
+        except AttributeError as error:
+            raise ArtefactError(
+                f"The artefact's library is not a compiled model: {error}."
+            ) from None
+        self._vm = vm
+        pages = -(-self.context_length // self._page) * self.max_batch
+        self._kv = create(tvm_ffi.Shape((self.max_batch, pages * self._page, self._chunk)))
+        state = {
+            name: tvm_ffi.get_global_func(f"vm.builtin.kv_state_{name}")
+            for name in ("add_sequence", "remove_sequence", "begin_forward", "end_forward")
+        }
+        self._add, self._remove = state["add_sequence"], state["remove_sequence"]
+        self._begin, self._end = state["begin_forward"], state["end_forward"]
+
+    def add(self) -> int:
+        """Open an empty sequence and return its number.
+
+        Raises
+        ------
+        UsageError
+            There are `max_batch` sequences already.
+
+        """
+        if len(self._lengths) >= self.max_batch:
+            raise UsageError(
+                f"The session holds {self.max_batch} sequences, all that max_batch allows; "
+                "finish one first or load the artefact with a larger max_batch."
+            )
+        sequence, self._next = self._next, self._next + 1
+        self._lengths[sequence] = 0
+        self._on_thread(self._add, self._kv, sequence)
+        return sequence
+
+    def remove(self, sequence: int) -> None:
+        """Forget a sequence and free its pages; one that is gone already is no error."""
+        if self._lengths.pop(sequence, None) is not None:
+            self._on_thread(self._remove, self._kv, sequence)
+
+    def length(self, sequence: int) -> int:
+        """Return the number of tokens that a sequence has in the cache."""
+        return self._lengths[sequence]
+
+    def prefill(self, sequence: int, tokens: Sequence[int] | np.ndarray) -> np.ndarray:
+        """Append tokens to a sequence, in chunks, and return the last one's logits.
+
+        Parameters
+        ----------
+        sequence : int
+            From `add`.
+        tokens : sequence of int [n]
+            At least one.
+
+        Returns
+        -------
+        ndarray
+            float32 [V], memory of TVM's, not copied.
+
+        """
+        for chunk, last in self._chunks(sequence, tokens):
+            if last:
+                rows = np.array([len(chunk) - 1], np.int32)
+                return self._pass([sequence], chunk, self._forward, rows)[0]
+            self._pass([sequence], chunk, self._hidden)
+        raise AssertionError("unreachable: _chunks refuses an empty prompt")
+
+    def decode(self, sequences: Sequence[int], tokens: Sequence[int] | np.ndarray) -> np.ndarray:
+        """Append one token to each of several sequences.
+
+        Parameters
+        ----------
+        sequences : sequence of int [b]
+            Different ones, at most `max_batch`.
+        tokens : sequence of int [b]
+            The token of each.
+
+        Returns
+        -------
+        ndarray
+            float32 [b, V], memory of TVM's, not copied.
+
+        """
+        for sequence in sequences:
+            self._require_room(self._lengths[sequence] + 1)
+        rows = np.arange(len(sequences), dtype=np.int32)
+        return self._pass(sequences, self._ids(tokens), self._forward, rows)
+
+    def score(self, tokens: Sequence[int] | np.ndarray) -> Iterator[np.ndarray]:
+        """Yield the logits that follow each token of a text, in order.
+
+        Parameters
+        ----------
+        tokens : sequence of int [n]
+            One text, at most `context_length` tokens.
+
+        Yields
+        ------
+        ndarray
+            float32 [r, V] with r of at most 128; together [n, V]. Row i says what follows token i.
+
+        """
+        sequence = self.add()
+        try:
+            for chunk, _ in self._chunks(sequence, tokens):
+                hidden = self._pass([sequence], chunk, self._hidden)
+                for start in range(0, len(hidden), SCORE_ROWS):
+                    rows = _tensor(hidden[start : start + SCORE_ROWS])
+                    logits = self._on_thread(self._logits, rows, self._parameters)
+                    yield np.from_dlpack(logits)
+        finally:
+            self.remove(sequence)
+
+    def close(self) -> None:
+        """Free the cache and end the session's thread; a closed session cannot be used again."""
+        if not self._closed:
+            self._on_thread(self._free)
+            self._closed = True
+            self._executor.shutdown()
+
+    def _free(self) -> None:
+        self._lengths.clear()
+        self._kv = self._vm = self._forward = self._hidden = self._logits = None
+
+    def _on_thread(self, function: Callable[..., T], *args: Any) -> T:
+        if self._closed:
+            raise UsageError("The session is closed; load the artefact again.")
+        return self._executor.submit(function, *args).result()
+
+    def _pass(
+        self,
+        sequences: Sequence[int],
+        tokens: np.ndarray,
+        function: Callable[..., Any],
+        *rows: np.ndarray,
+    ) -> np.ndarray:
+        """Run one forward pass, the cache's begin and end included, whole on the thread."""
+        each = len(tokens) // len(sequences)
+        result: np.ndarray = self._on_thread(
+            self._run, tuple(sequences), each, tokens, function, rows
+        )
+        for sequence in sequences:
+            self._lengths[sequence] += each
+        return result
+
+    def _run(
+        self,
+        sequences: tuple[int, ...],
+        each: int,
+        tokens: np.ndarray,
+        function: Callable[..., Any],
+        rows: tuple[np.ndarray, ...],
+    ) -> np.ndarray:
+        lengths = tvm_ffi.Shape((each,) * len(sequences))
+        self._begin(self._kv, tvm_ffi.Shape(sequences), lengths)
+        try:
+            arguments = [_tensor(array) for array in (tokens, *rows)]
+            return np.from_dlpack(function(*arguments, self._kv, self._parameters))
+        finally:
+            self._end(self._kv)
+
+    def _chunks(
+        self, sequence: int, tokens: Sequence[int] | np.ndarray
+    ) -> Iterator[tuple[np.ndarray, bool]]:
+        ids = self._ids(tokens)
+        self._require_room(self._lengths[sequence] + len(ids))
+        for start in range(0, len(ids), self._chunk):
+            yield ids[start : start + self._chunk], start + self._chunk >= len(ids)
+
+    def _ids(self, tokens: Sequence[int] | np.ndarray) -> np.ndarray:
+        """Check token ids: the compiled embedding does not, and would read foreign memory."""
+        ids = np.asarray(tokens)
+        if ids.ndim != 1 or ids.size == 0:
+            raise UsageError("The prompt is empty; at least one token is needed.")
+        if not np.issubdtype(ids.dtype, np.integer):
+            raise UsageError(f"Token ids must be integers, not {ids.dtype}.")
+        if ids.min() < 0 or ids.max() >= self.vocab_size:
+            raise UsageError(
+                f"The prompt has the token id {ids.max() if ids.min() >= 0 else ids.min()}, and "
+                f"the model's vocabulary is 0 to {self.vocab_size - 1}."
+            )
+        return np.ascontiguousarray(ids, dtype=np.int32)
+
+    def _require_room(self, tokens: int) -> None:
+        if tokens > self.context_length:
+            raise UsageError(
+                f"The prompt has {tokens} tokens and the context {self.context_length}; shorten "
+                "the prompt, or compile the model with a larger --context."
+            )
+
+
+def _limit(name: str, asked: int | None, most: int) -> int:
+    if asked is None:
+        return most
+    if not 1 <= asked <= most:
+        raise UsageError(
+            f"{name} is {asked} and the artefact was compiled for 1 to {most}; "
+            "choose one of those or compile the model again."
+        )
+    return asked
+
+
+def _tensor(array: np.ndarray) -> Any:
+    return tvm_ffi.from_dlpack(array)

@@ -1,0 +1,251 @@
+"""`manifest.json`: what an artefact is, what it needs, and what every byte of it should be.
+
+The dataclasses below are the file's schema. `compile` fills them in and writes them; the runtime
+reads them and believes nothing that does not fit: untrusted input ends in an `ArtefactError`.
+"""
+
+from __future__ import annotations
+
+import json
+import types
+from collections.abc import Mapping
+from dataclasses import MISSING, asdict, dataclass, fields, is_dataclass
+from pathlib import Path
+from typing import Any, Union, get_args, get_origin, get_type_hints
+
+from gqsa_compiler.runtime.errors import ArtefactError
+
+FORMAT = "gqsa-artefact"
+FORMAT_VERSION = 1
+MANIFEST_FILE = "manifest.json"
+SCORE_ROWS = 64
+"""Most rows of hidden states that one call of `logits` takes (or `max_batch`, if larger)."""
+
+
+@dataclass(frozen=True)
+class Versions:
+    """Releases that the artefact was built with."""
+
+    tvm: str
+    tvm_ffi: str
+
+
+@dataclass(frozen=True)
+class Target:
+    """The machine that `model.so` was compiled for.
+
+    `flags` are the CPU features it uses, by their names in /proc/cpuinfo; `device_type` is
+    DLPack's number (1 is the CPU).
+    """
+
+    name: str
+    kind: str
+    arch: str
+    flags: tuple[str, ...]
+    device_type: int
+    triple: str
+
+
+@dataclass(frozen=True)
+class Library:
+    """The compiled code: a file of the artefact's directory and its SHA-256 in hexadecimal."""
+
+    file: str
+    sha256: str
+
+
+@dataclass(frozen=True)
+class ModelInfo:
+    """Sizes of the model and the limits that it was compiled with, all counted in tokens."""
+
+    name: str
+    architecture: str
+    vocab_size: int
+    hidden_size: int
+    num_layers: int
+    num_key_value_heads: int
+    head_dim: int
+    context_length: int
+    prefill_chunk: int
+    max_batch: int
+    sliding_window: int | None
+    bos_token_id: int | None
+    eos_token_ids: tuple[int, ...]
+    activations: str
+
+
+@dataclass(frozen=True)
+class KVCacheInfo:
+    """How the paged key/value cache stores a token."""
+
+    dtype: str
+    page_size: int
+    bytes_per_token: int
+
+
+@dataclass(frozen=True)
+class Memory:
+    """The memory plan, in bytes."""
+
+    weights_bytes: int
+    kv_cache_bytes_per_token: int
+    workspace_bytes: int
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """One packed parameter, as it lies in the parameters file."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """Which kernel serves a layer, for reports; the runtime does not need it to run.
+
+    `m` is the range of token counts where a layer has several kernels; `weight` says how the
+    weights are stored (for instance ``bsr-int4``); `bytes` is what one pass over them reads.
+    """
+
+    layer: str
+    kernel: str
+    layout_version: int
+    config: dict[str, Any]
+    n: int
+    k: int
+    weight: str
+    group_size: int | None
+    sparsity: float
+    bytes: int
+    fallback: bool
+    m: str | None = None
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """The whole of `manifest.json`, format version 1."""
+
+    producer: str
+    versions: Versions
+    target: Target
+    library: Library
+    model: ModelInfo
+    kv_cache: KVCacheInfo
+    memory: Memory
+    parameters_file: str
+    parameters: tuple[Parameter, ...]
+    kernels: tuple[Kernel, ...]
+    bytes_per_token: int
+
+    @classmethod
+    def from_dict(cls, data: Any, where: str = MANIFEST_FILE) -> Manifest:
+        """Check a decoded JSON document and build the manifest from it.
+
+        Raises
+        ------
+        ArtefactError
+            Another format or format version, a missing or unknown key, a value of a wrong type.
+
+        """
+        if not isinstance(data, Mapping) or data.get("format") != FORMAT:
+            raise ArtefactError(f"{where} is not the manifest of a GQSA artefact.")
+        version = data.get("format_version")
+        if version != FORMAT_VERSION or isinstance(version, bool):
+            raise ArtefactError(
+                f"{where} has artefact format version {version!r} and this runtime reads version "
+                f"{FORMAT_VERSION}; compile the model again with this release of gqsa."
+            )
+        body = {k: v for k, v in data.items() if k not in ("format", "format_version")}
+        manifest: Manifest = _decode(cls, body, where, "")
+        manifest._check(where)
+        return manifest
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the JSON document: plain dictionaries, lists, strings and numbers."""
+        return {"format": FORMAT, "format_version": FORMAT_VERSION, **_plain(asdict(self))}
+
+    @classmethod
+    def read(cls, directory: str | Path) -> Manifest:
+        """Read `manifest.json` of an artefact directory.
+
+        Raises
+        ------
+        ArtefactError
+            There is no such directory or manifest, or `from_dict` refuses it.
+
+        """
+        path = Path(directory) / MANIFEST_FILE
+        if not path.parent.is_dir():
+            raise ArtefactError(f"There is no artefact at {directory}: no such directory.")
+        try:
+            data = json.loads(path.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            raise ArtefactError(
+                f"{directory} is not a compiled artefact: it has no {MANIFEST_FILE}. "
+                "Make one with gqsa-compile."
+            ) from None
+        except (OSError, ValueError, RecursionError) as error:
+            raise ArtefactError(f"{path} cannot be read: {error}.") from None
+        return cls.from_dict(data, str(path))
+
+    def write(self, directory: str | Path) -> None:
+        """Write `manifest.json` into an existing directory."""
+        text = json.dumps(self.to_dict(), indent=1, ensure_ascii=False)
+        (Path(directory) / MANIFEST_FILE).write_text(text + "\n", encoding="utf-8")
+
+    def _check(self, where: str) -> None:
+        for name in (self.library.file, self.parameters_file):
+            if name in ("", ".", "..") or "/" in name or "\\" in name or "\0" in name:
+                raise ArtefactError(f"{where} names the file {name!r}, which is not a plain name.")
+        model, cache = self.model, self.kv_cache
+        positive = {
+            "model.vocab_size": model.vocab_size,
+            "model.context_length": model.context_length,
+            "model.prefill_chunk": model.prefill_chunk,
+            "model.max_batch": model.max_batch,
+            "kv_cache.page_size": cache.page_size,
+        }
+        for key, value in positive.items():
+            if value < 1:
+                raise ArtefactError(f"{where}: {key} is {value} and must be positive.")
+        if len({p.name for p in self.parameters}) != len(self.parameters):
+            raise ArtefactError(f"{where} lists a parameter twice.")
+
+
+def _decode(kind: Any, value: Any, where: str, key: str) -> Any:
+    """Check `value` against a type annotation of the schema and convert it."""
+    origin, args = get_origin(kind), get_args(kind)
+    if origin in (types.UnionType, Union):  # the schema has no union but `X | None`
+        return None if value is None else _decode(args[0], value, where, key)
+    if is_dataclass(kind) and isinstance(value, Mapping):
+        return _decode_record(kind, value, where, key)
+    if origin is tuple and isinstance(value, (list, tuple)):
+        return tuple(_decode(args[0], v, where, f"{key}[{i}]") for i, v in enumerate(value))
+    if origin is dict and isinstance(value, Mapping):
+        return dict(value)
+    if kind is float and isinstance(value, (int, float)) and not isinstance(value, bool):
+        return float(value)
+    if isinstance(kind, type) and type(value) is kind:  # an exact type: True is no int here
+        return value
+    expected = "a list" if origin is tuple else getattr(kind, "__name__", str(kind))
+    raise ArtefactError(f"{where}: {key or 'the document'} should be {expected}, not {value!r}.")
+
+
+def _decode_record(kind: Any, value: Mapping[str, Any], where: str, key: str) -> Any:
+    prefix = f"{key}." if key else ""
+    hints = get_type_hints(kind)
+    required = {f.name for f in fields(kind) if f.default is MISSING}
+    for name in sorted(required - value.keys()):
+        raise ArtefactError(f"{where} has no {prefix}{name}.")
+    for name in sorted(map(str, value.keys() - hints.keys())):
+        raise ArtefactError(f"{where} has the unknown key {prefix}{name}.")
+    return kind(**{k: _decode(hints[k], v, where, prefix + k) for k, v in value.items()})
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {k: _plain(v) for k, v in value.items()}
+    return [_plain(v) for v in value] if isinstance(value, (list, tuple)) else value

@@ -1,0 +1,308 @@
+"""The public face of an artefact: text in, text out."""
+
+from __future__ import annotations
+
+import json
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from gqsa_compiler.runtime.chat import load_template, special_tokens
+from gqsa_compiler.runtime.engine import Program, Session
+from gqsa_compiler.runtime.errors import ArtefactError, UsageError
+from gqsa_compiler.runtime.generation import Generation, Options, Request, Timings
+from gqsa_compiler.runtime.manifest import Manifest
+from gqsa_compiler.runtime.tokens import load_tokenizer
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+__all__ = ["Generation", "Model", "TextStream", "Timings", "load"]
+
+
+def load(
+    directory: str | Path,
+    *,
+    threads: int | None = None,
+    verify: bool = True,
+    context_length: int | None = None,
+    max_batch: int | None = None,
+) -> Model:
+    """Load a compiled artefact.
+
+    Parameters
+    ----------
+    directory : str or Path
+        What `gqsa-compile` wrote.
+    threads : int, optional
+        Worker threads; one for every core this process may use unless given.
+    verify : bool
+        Compare every parameter's SHA-256 with the manifest's: one read of the whole file.
+    context_length, max_batch : int, optional
+        Smaller limits than the artefact was compiled with, to save memory.
+
+    Raises
+    ------
+    ArtefactError
+        The artefact is damaged, of another format version, or for another machine.
+    UsageError
+        A limit is out of range.
+
+    """
+    path = Path(directory)
+    return Model(
+        path,
+        Program(path, Manifest.read(path), verify=verify),
+        threads=threads,
+        context_length=context_length,
+        max_batch=max_batch,
+    )
+
+
+class Model:
+    """A loaded artefact; made by `load`. Use it as a context manager, or `close` it."""
+
+    def __init__(
+        self,
+        directory: Path,
+        program: Program,
+        *,
+        threads: int | None = None,
+        context_length: int | None = None,
+        max_batch: int | None = None,
+    ) -> None:
+        self.manifest = program.manifest
+        self.tokenizer = load_tokenizer(directory)
+        tokenizer_config = _read_json(directory / "tokenizer_config.json")
+        self.generation_config = _read_json(directory / "generation_config.json")
+        self.chat_template = load_template(directory, tokenizer_config)
+        self.eos_token_ids = self._eos(tokenizer_config)
+        self._program = program
+        self._session = Session(
+            program, threads=threads, context_length=context_length, max_batch=max_batch
+        )
+
+    def generate(self, prompt: str | Sequence[int], **options: Unpack[Options]) -> Generation:
+        """Continue a prompt.
+
+        Parameters
+        ----------
+        prompt : str or sequence of int
+            Text, or token ids as they are.
+        **options
+            See `Options`: ``max_tokens``, ``temperature``, ``top_k``, ``top_p``, ``min_p``,
+            ``repetition_penalty``, ``seed``, ``stop``, ``ignore_eos``.
+
+        Raises
+        ------
+        UsageError
+            The prompt is empty or too long, or an option is out of its range.
+
+        """
+        return self.generate_batch([prompt], **options)[0]
+
+    def generate_batch(
+        self, prompts: Sequence[str | Sequence[int]], **options: Unpack[Options]
+    ) -> list[Generation]:
+        """Continue several prompts, up to `max_batch` of them at once.
+
+        Every prompt gets the same options, the seed too: each answer is what `generate` gives.
+        """
+        requests = [self._request(prompt, options) for prompt in prompts]
+        for _ in self._run(requests):
+            pass
+        return [request.result() for request in requests]
+
+    def stream(self, prompt: str | Sequence[int], **options: Unpack[Options]) -> TextStream:
+        """Continue a prompt, giving the text in pieces as it comes; options as in `generate`."""
+        return self._stream(self._request(prompt, options))
+
+    def chat(self, messages: Sequence[Mapping[str, Any]], **options: Unpack[Options]) -> Generation:
+        """Answer a conversation.
+
+        Parameters
+        ----------
+        messages : sequence of mappings
+            Each with a ``role`` (system, user, assistant) and its ``content``.
+        **options
+            As in `generate`.
+
+        Raises
+        ------
+        UsageError
+            The model has no chat template, or its template refuses the messages.
+
+        """
+        stream = self.stream_chat(messages, **options)
+        for _ in stream:
+            pass
+        return stream.result
+
+    def stream_chat(
+        self, messages: Sequence[Mapping[str, Any]], **options: Unpack[Options]
+    ) -> TextStream:
+        """Answer a conversation, giving the text in pieces as it comes."""
+        prompt = self.tokenize(self.render_chat(messages), add_special_tokens=False)
+        return self._stream(self._request(prompt, options))
+
+    def render_chat(self, messages: Sequence[Mapping[str, Any]], **variables: Any) -> str:
+        """Write a conversation as the prompt that the model's own template makes of it."""
+        if self.chat_template is None:
+            raise UsageError(
+                "This model has no chat template, so it cannot chat; give it a prompt to continue "
+                "instead (gqsa run)."
+            )
+        return self.chat_template.render(messages, **variables)
+
+    def tokenize(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
+        """Turn text into token ids, with what the model puts at the start of a text."""
+        ids: list[int] = self.tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
+        return ids
+
+    def detokenize(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
+        """Turn token ids into text."""
+        text: str = self.tokenizer.decode(
+            [int(i) for i in token_ids], skip_special_tokens=skip_special_tokens
+        )
+        return text
+
+    def score(self, token_ids: Sequence[int] | np.ndarray) -> Iterator[np.ndarray]:
+        """Yield the logits that follow each token: float32 [r, V] blocks, together [n, V]."""
+        return self._session.score(token_ids)
+
+    def session(
+        self,
+        *,
+        threads: int | None = None,
+        context_length: int | None = None,
+        max_batch: int | None = None,
+    ) -> Session:
+        """Open a session of one's own: the passes and the cache, without text and sampling."""
+        return Session(
+            self._program, threads=threads, context_length=context_length, max_batch=max_batch
+        )
+
+    @property
+    def context_length(self) -> int:
+        """Tokens that a prompt and its answer may have together."""
+        return self._session.context_length
+
+    @property
+    def threads(self) -> int:
+        """Worker threads in use."""
+        return self._session.threads
+
+    def close(self) -> None:
+        """Free the cache and the threads."""
+        self._session.close()
+
+    def __enter__(self) -> Model:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def _request(self, prompt: str | Sequence[int], options: Options) -> Request:
+        text = isinstance(prompt, str)
+        ids = self.tokenize(prompt) if isinstance(prompt, str) else [int(i) for i in prompt]
+        return Request(
+            ids,
+            options,
+            self.generation_config,
+            tokenizer=self.tokenizer,
+            eos=self.eos_token_ids,
+            vocab_size=self._session.vocab_size,
+            context_length=self.context_length,
+            continues=text,
+        )
+
+    def _stream(self, request: Request) -> TextStream:
+        return TextStream(request, (text for _, text in self._run([request]) if text))
+
+    def _run(self, requests: Sequence[Request]) -> Iterator[tuple[Request, str]]:
+        """Advance requests together, starting a waiting one wherever one has finished."""
+        session = self._session
+        waiting, running = deque(requests), list[Request]()
+        try:
+            while waiting or running:
+                while waiting and len(running) < session.max_batch:
+                    request = waiting.popleft()
+                    request.start()
+                    request.sequence = session.add()
+                    running.append(request)
+                    logits = session.prefill(request.sequence, request.prompt)
+                    yield request, request.accept(logits)
+                    running = self._retire(running)
+                if running:
+                    tokens = [request.token_ids[-1] for request in running]
+                    batch = session.decode([request.sequence for request in running], tokens)
+                    for request, logits in zip(running, batch, strict=True):
+                        yield request, request.accept(logits)
+                    running = self._retire(running)
+        finally:
+            for request in running:
+                session.remove(request.sequence)
+
+    def _retire(self, running: list[Request]) -> list[Request]:
+        for request in running:
+            if request.finish_reason is not None:
+                self._session.remove(request.sequence)
+        return [request for request in running if request.finish_reason is None]
+
+    def _eos(self, tokenizer_config: Mapping[str, Any]) -> frozenset[int]:
+        """Unite what the files call the end: models disagree with themselves about it."""
+        configured = self.generation_config.get("eos_token_id")
+        token = special_tokens(tokenizer_config).get("eos_token")
+        candidates: list[Any] = [
+            *self.manifest.model.eos_token_ids,
+            *(configured if isinstance(configured, list) else [configured]),
+            None if token is None else self.tokenizer.token_to_id(token),
+        ]
+        return frozenset(i for i in candidates if isinstance(i, int))
+
+
+class TextStream(Iterator[str]):
+    """Pieces of text as they come; the whole `result` when they have all come."""
+
+    def __init__(self, request: Request, pieces: Iterator[str]) -> None:
+        self._request = request
+        self._pieces = pieces
+
+    def __next__(self) -> str:
+        return next(self._pieces)
+
+    @property
+    def result(self) -> Generation:
+        """The finished answer.
+
+        Raises
+        ------
+        UsageError
+            The stream has not been read to its end.
+
+        """
+        if self._request.finish_reason is None:
+            raise UsageError("The stream has not ended; read all its pieces before its result.")
+        return self._request.result()
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    """Read an optional file of settings; empty where there is none."""
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError) as error:
+        raise ArtefactError(f"{path} cannot be read: {error}.") from None
+    if not isinstance(data, dict):
+        raise ArtefactError(f"{path} should hold one JSON object.")
+    return data

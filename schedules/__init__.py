@@ -1,0 +1,1 @@
+"""Kernels: each schedule rule is a kernel together with its weight layout."""

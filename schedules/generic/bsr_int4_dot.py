@@ -1,0 +1,261 @@
+"""The dot products of one sparse row with a tile of tokens: decode a group once, use it for all."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from gqsa_compiler._tvm import B
+from gqsa_compiler.schedules.generic.emit import (
+    Buffer,
+    Expr,
+    broadcast,
+    cast,
+    const,
+    constants,
+    half_to_float,
+    horizontal_sums,
+    int64,
+    load,
+    local,
+    store,
+    vector,
+)
+from gqsa_compiler.schedules.generic.layout import BLOCK, BsrLayout
+from gqsa_compiler.schedules.generic.math import fma
+from gqsa_compiler.schedules.generic.prologue import Inputs
+from gqsa_compiler.schedules.spec import LinearSpec
+
+CHAINS = 4
+"""Independent sums kept for a single token, to hide the latency of the fused multiply-add."""
+MOST_UNROLLED = 8
+"""Vectors of a large group that are unrolled; beyond, a loop."""
+
+
+@dataclass(frozen=True)
+class Weights:
+    """A layer's packed tensors inside a kernel."""
+
+    spec: LinearSpec
+    layout: BsrLayout
+    native_half: bool
+    codes: Buffer
+    scales: Buffer
+    meta: Buffer | None
+    row_starts: Buffer | None
+
+    def row(self, row: Expr) -> tuple[Expr, Expr]:
+        """Emit the first and the past-the-last group of a stored row, int64."""
+        if self.row_starts is None:
+            groups = self.spec.k // self.spec.group_size
+            first = B.bind(row * int64(groups))
+            return first, first + int64(groups)
+        return (
+            B.bind(int64(load(self.row_starts, row))),
+            B.bind(int64(load(self.row_starts, row + int64(1)))),
+        )
+
+    def column(self, group: Expr, first: Expr) -> Expr:
+        """Emit the column group of a stored group, int64."""
+        if self.layout.full or self.meta is None:
+            return B.bind(group - first)
+        index = int64(load(self.meta, group))
+        return B.bind(B.shift_right(index, int64(self.layout.meta_shift)))
+
+    def block_scales(self, group: Expr) -> Expr:
+        """Emit the scales of `BLOCK` groups as float32."""
+        half = load(self.scales, group, lanes=BLOCK)
+        return B.bind(half_to_float(half, BLOCK, native=self.native_half))
+
+    def block_zeros(self, group: Expr) -> Expr:
+        """Emit the zero points of `BLOCK` groups as float32."""
+        if self.spec.symmetric or self.meta is None:
+            return broadcast(const(8.0, "float32"), BLOCK)
+        meta = cast("int32", load(self.meta, group, lanes=BLOCK), BLOCK)
+        low = B.bitwise_and(meta, broadcast(const(15, "int32"), BLOCK))
+        return cast("float32", low, BLOCK)
+
+
+def row_sums(
+    weights: Weights, inputs: Inputs, row: Expr, token: Expr, tile: int, sums: Buffer, at: Expr
+) -> None:
+    """Emit the dot products of a stored row with `tile` tokens, into ``sums[at:at + tile]``.
+
+    Parameters
+    ----------
+    token : Expr
+        int64, first token of the tile.
+    """
+    width = weights.layout.lanes
+    group_body = _int8_group if weights.spec.activation_dtype == "int8" else _float_group
+    chains = CHAINS if tile == 1 else 1
+    totals = local(chains * tile * width)
+    for i in range(chains * tile):
+        store(totals, broadcast(const(0.0, "float32"), width), i * width, lanes=width)
+    tile_base = B.bind(token * int64(weights.spec.k))
+    first, last = weights.row(row)
+    scales, shifts = local(BLOCK), local(BLOCK)
+
+    def decode_block(start: Expr) -> None:
+        factor = weights.block_scales(start)
+        store(scales, factor, 0, lanes=BLOCK)
+        if weights.spec.activation_dtype == "float32":
+            shift = (broadcast(const(0.0, "float32"), BLOCK) - factor) * weights.block_zeros(start)
+            store(shifts, shift, 0, lanes=BLOCK)
+
+    def one(start: Expr, i: Expr, chain: int) -> None:
+        group = B.bind(start + i)
+        column = weights.column(group, first)
+        factors = (load(scales, i), load(shifts, i))
+        group_body(weights, inputs, group, tile_base, column, factors, tile, totals, chain)
+
+    unroll = max(1, CHAINS * width // weights.spec.group_size) if tile == 1 else 1
+    blocks = B.bind(B.floordiv(last - first, int64(BLOCK)))
+    with B.serial(int64(0), blocks) as block:
+        start = B.bind(first + block * int64(BLOCK))
+        decode_block(start)
+        with B.serial(int64(0), int64(BLOCK // unroll)) as i:
+            for u in range(unroll):
+                one(start, i * int64(unroll) + int64(u), u)
+    start = B.bind(first + blocks * int64(BLOCK))
+    with B.If(start < last), B.Then():
+        decode_block(start)
+        with B.serial(int64(0), last - start) as i:
+            one(start, i, 0)
+    _reduce(totals, chains, tile, width, sums, at)
+
+
+def _reduce(totals: Buffer, chains: int, tile: int, width: int, sums: Buffer, at: Expr) -> None:
+    vectors = []
+    for t in range(tile):
+        value = load(totals, t * chains * width, lanes=width)
+        for c in range(1, chains):
+            value = value + load(totals, (t * chains + c) * width, lanes=width)
+        vectors.append(B.bind(value))
+    done = 0
+    for value, count in horizontal_sums(vectors, width):
+        store(sums, value, at + done, lanes=count)
+        done += count
+
+
+def _accumulate(totals: Buffer, slot: int, width: int, a: Expr, b: Expr) -> None:
+    at = slot * width
+    store(totals, fma(a, b, load(totals, at, lanes=width)), at, lanes=width)
+
+
+def _chunks(count: int, body: Callable[[Expr, int], None]) -> None:
+    """Run ``body(base, i)`` for chunk ``base + i`` of `count`: unrolled, in a loop if many."""
+    inner = min(count, MOST_UNROLLED)
+    if inner == count:
+        for i in range(count):
+            body(int64(0), i)
+        return
+    with B.serial(int64(0), int64(count // inner)) as outer:
+        base = B.bind(outer * int64(inner))
+        for i in range(inner):
+            body(base, i)
+
+
+def _float_group(
+    weights: Weights,
+    inputs: Inputs,
+    group: Expr,
+    tile_base: Expr,
+    column: Expr,
+    factors: tuple[Expr, Expr],
+    tile: int,
+    totals: Buffer,
+    chain: int,
+) -> None:
+    size, width = weights.spec.group_size, weights.layout.lanes
+    chains = CHAINS if tile == 1 else 1
+    scale = B.bind(broadcast(factors[0], width))
+    shift = B.bind(broadcast(factors[1], width))
+    byte = B.bind(group * int64(size // 2))
+    base = B.bind(tile_base + column * int64(tile * size))
+
+    def chunk(loop: Expr, i: int) -> None:
+        place = loop + int64(i)
+        codes = _decode(weights.codes, byte + place * int64(width // 2), width)
+        weight = B.bind(fma(codes, scale, shift))
+        for t in range(tile):
+            x = inputs.load(base + place * int64(width) + int64(t * size), width)
+            slot = t * chains + (chain + i) % chains
+            _accumulate(totals, slot, width, weight, x)
+
+    _chunks(size // width, chunk)
+
+
+def _decode(codes: Buffer, byte: Expr, width: int) -> Expr:
+    """Emit `width` codes as float32: repeat their bits in all lanes and shift each lane its way."""
+    raw = load(codes, byte, lanes=width // 2)
+    if width == 16:
+        bits = B.reinterpret("uint32x16", B.Broadcast(B.reinterpret("uint64", raw), 8))
+        counts = constants([4 * (i // 2) for i in range(16)], "uint32")
+    else:
+        word = B.reinterpret(f"uint{4 * width}", raw)
+        bits = B.Broadcast(cast("uint32", word), width)
+        counts = constants([4 * i for i in range(width)], "uint32")
+    low = B.bitwise_and(B.shift_right(bits, counts), broadcast(const(15, "uint32"), width))
+    return cast("float32", B.reinterpret(vector("int32", width), low), width)
+
+
+def _int8_group(
+    weights: Weights,
+    inputs: Inputs,
+    group: Expr,
+    tile_base: Expr,
+    column: Expr,
+    factors: tuple[Expr, Expr],
+    tile: int,
+    totals: Buffer,
+    chain: int,
+) -> None:
+    """Integer dot products of one group.
+
+    A product of a weight (-15..15) and an activation (-127..127) is at most 1905, so 16 of them
+    add up in 16 bits; only then the sum is widened.
+    """
+    size, width = weights.spec.group_size, weights.layout.lanes
+    chains = CHAINS if tile == 1 else 1
+    half = size // 2
+    byte = B.bind(group * int64(half))
+    base = B.bind(tile_base + column * int64(tile * size))
+    scale_base = B.bind(B.floordiv(tile_base, int64(size)) + column * int64(tile))
+    assert inputs.scales is not None
+    products = local(tile)
+    store(
+        products,
+        broadcast(factors[0], tile) * load(inputs.scales, scale_base, lanes=tile),
+        0,
+        lanes=tile,
+    )
+    if weights.spec.symmetric or weights.meta is None:
+        zero = const(8, "int16")
+    else:
+        meta = cast("int32", load(weights.meta, group))
+        zero = cast("int16", B.bitwise_and(meta, const(15, "int32")))
+    zeros = B.bind(broadcast(zero, width))
+    wide = local(tile * width, "int32")
+    for t in range(tile):
+        store(wide, broadcast(const(0, "int32"), width), t * width, lanes=width)
+
+    def chunk(loop: Expr, i: int) -> None:
+        place = B.bind((loop + int64(i)) * int64(width))
+        raw = B.bind(cast("int16", load(weights.codes, byte + place, lanes=width), width))
+        low = B.bind(B.bitwise_and(raw, broadcast(const(15, "int16"), width)) - zeros)
+        high = B.bind(B.shift_right(raw, broadcast(const(4, "int16"), width)) - zeros)
+        for t in range(tile):
+            at = base + place + int64(t * size)
+            x_low = cast("int16", inputs.load(at, width), width)
+            x_high = cast("int16", inputs.load(at + int64(half), width), width)
+            summed = cast("int32", low * x_low + high * x_high, width)
+            store(
+                wide, load(wide, t * width, lanes=width) + summed, t * width, lanes=width
+            )
+
+    _chunks(half // width, chunk)
+    for t in range(tile):
+        value = cast("float32", load(wide, t * width, lanes=width), width)
+        _accumulate(totals, t * chains + chain % chains, width, value,
+                    broadcast(load(products, t), width))

@@ -1,0 +1,45 @@
+"""What the generic kernels can be tuned by, and the defaults for a target."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from gqsa_compiler.schedules.rule import KernelConfig
+from gqsa_compiler.targets import TargetSpec
+
+
+@dataclass(frozen=True)
+class GenericConfig(KernelConfig):
+    """Configuration of a generic kernel.
+
+    Parameters
+    ----------
+    tasks : int
+        Pieces of work, spread over the threads at run time. Fixed when packing, so it is many
+        times the threads a machine may have.
+    lanes : int
+        float32 lanes of a vector register: 4, 8 or 16. Part of the packed layout.
+    tiles : tuple of int
+        Tokens computed at once, ascending powers of two; each decoded group of weights is used for
+        as many tokens. One token has code of its own.
+    """
+
+    tasks: int = 64
+    lanes: int = 16
+    tiles: tuple[int, ...] = (4, 8, 16)
+
+
+def default_config(units: int, target: TargetSpec) -> GenericConfig:
+    """Choose a configuration for `units` independent outputs on `target`.
+
+    A tile needs one register a token, so 16 tokens only where there are 32 wide registers.
+    """
+    tiles = (4, 8, 16) if target.vector_bits == 512 else (4, 8)
+    return GenericConfig(
+        tasks=max(1, min(64, units)), lanes=target.vector_bits // 32, tiles=tiles
+    )
+
+
+def has_native_half(target: TargetSpec) -> bool:
+    """Say whether `target` converts float16 to float32 in one instruction."""
+    return target.arch == "aarch64" or "f16c" in target.features

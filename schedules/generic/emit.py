@@ -1,0 +1,132 @@
+"""Small helpers over TVM's IR builder that the generic kernels are written with.
+
+Kernels are built with TVM's IR builder, not TVMScript: the number of vectors, tokens and rows in
+flight are Python numbers here, and plain Python loops unroll them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from gqsa_compiler._tvm import B, tvm
+
+Expr = Any
+Buffer = Any
+
+
+def const(value: float, dtype: str) -> Expr:
+    """Return a scalar constant."""
+    return tvm.tirx.const(value, dtype)
+
+
+def vector(dtype: str, lanes: int) -> str:
+    """Name the vector type; one lane is a scalar."""
+    return dtype if lanes == 1 else f"{dtype}x{lanes}"
+
+
+def broadcast(value: Expr, lanes: int) -> Expr:
+    """Repeat a scalar expression in `lanes` lanes."""
+    return value if lanes == 1 else B.Broadcast(value, lanes)
+
+
+def span(start: Expr, lanes: int) -> Expr:
+    """Index `lanes` consecutive elements from `start`."""
+    return start if lanes == 1 else B.ramp(start, 1, lanes)
+
+
+def load(buffer: Buffer, *indices: Expr, lanes: int = 1) -> Expr:
+    """Load `lanes` elements, consecutive along the last axis."""
+    return buffer[(*indices[:-1], span(indices[-1], lanes))]
+
+
+def store(buffer: Buffer, value: Expr, *indices: Expr, lanes: int = 1) -> None:
+    """Store `lanes` elements, consecutive along the last axis."""
+    B.buffer_store(buffer, value, [*indices[:-1], span(indices[-1], lanes)])
+
+
+def local(size: int, dtype: str = "float32") -> Buffer:
+    """Allocate on the stack; LLVM keeps what is only indexed by constants in registers."""
+    return B.alloc_buffer((size,), dtype, scope="local")
+
+
+def cast(dtype: str, value: Expr, lanes: int = 1) -> Expr:
+    """Convert each lane to `dtype`."""
+    return B.Cast(vector(dtype, lanes), value)
+
+
+def int64(value: Expr | int) -> Expr:
+    """Widen an index; all address arithmetic is 64 bits wide."""
+    return const(value, "int64") if isinstance(value, int) else B.Cast("int64", value)
+
+
+def constants(values: Sequence[float], dtype: str) -> Expr:
+    """Return a constant vector."""
+    return B.Shuffle([const(v, dtype) for v in values], list(range(len(values))))
+
+
+def pick(vectors: Sequence[Expr], indices: Sequence[int]) -> Expr:
+    """Select lanes of the concatenation of `vectors`."""
+    return B.Shuffle(list(vectors), list(indices))
+
+
+def half_to_float(value: Expr, lanes: int, *, native: bool) -> Expr:
+    """Convert finite float16 lanes to float32, exactly.
+
+    Without hardware conversion LLVM calls a library function per lane, so the exponent is moved in
+    integers and corrected by one exact multiplication (this maps subnormals right as well).
+    """
+    if native:
+        return cast("float32", value, lanes)
+    bits = cast("uint32", B.reinterpret(vector("uint16", lanes), value), lanes)
+    bits = B.bind(bits)
+
+    def u32(number: int) -> Expr:
+        return broadcast(const(number, "uint32"), lanes)
+
+    magnitude = B.shift_left(B.bitwise_and(bits, u32(0x7FFF)), u32(13))
+    scaled = B.reinterpret(vector("float32", lanes), magnitude) * broadcast(
+        const(2.0**112, "float32"), lanes
+    )
+    sign = B.shift_left(B.bitwise_and(bits, u32(0x8000)), u32(16))
+    joined = B.bitwise_or(B.reinterpret(vector("uint32", lanes), scaled), sign)
+    return B.reinterpret(vector("float32", lanes), joined)
+
+
+def horizontal_sums(vectors: Sequence[Expr], lanes: int) -> list[tuple[Expr, int]]:
+    """Sum the lanes of each float32 vector.
+
+    All vectors go through one tree of shuffles, about three instructions each rather than eight.
+
+    Returns
+    -------
+    list of (vector, lanes)
+        The sums, in order, `lanes` of them a vector: as many as `vectors` in all.
+    """
+    if len(vectors) > lanes:
+        halves = len(vectors) // 2
+        return [
+            *horizontal_sums(vectors[:halves], lanes),
+            *horizontal_sums(vectors[halves:], lanes),
+        ]
+    count, segment = len(vectors), lanes
+    current = list(vectors)
+    while segment > 1:
+        half = segment // 2
+        if len(current) > 1:
+            pairs = [[a, b] for a, b in zip(current[::2], current[1::2], strict=True)]
+            width = 2 * lanes
+        else:
+            pairs = [current]
+            width = count * segment
+        low = [i for start in range(0, width, segment) for i in range(start, start + half)]
+        current = [
+            B.bind(pick(p, low) + pick(p, [i + half for i in low])) for p in pairs
+        ]
+        segment = half
+    return [(current[0], count)]
+
+
+def row_sum(value: Expr, lanes: int) -> Expr:
+    """Sum the lanes of one vector."""
+    return horizontal_sums([value], lanes)[0][0]

@@ -1,0 +1,52 @@
+"""The frame around every generic linear kernel: its arguments and attributes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from gqsa_compiler._tvm import B, IRBuilder, tvm
+from gqsa_compiler.schedules.generic.emit import Buffer, Expr
+from gqsa_compiler.schedules.spec import LinearSpec, ParamSpec
+
+_OPAQUE = 8  # TVM's OpPatternKind: never fused into others
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """The arguments of a kernel, in `ScheduleRule.build`'s order; None where the spec has none."""
+
+    tokens: Expr
+    x: Buffer
+    norm: Buffer | None
+    params: dict[str, Buffer]
+    bias: Buffer | None
+    residual: Buffer | None
+    out: Buffer
+
+
+def kernel(
+    spec: LinearSpec, params: tuple[ParamSpec, ...], body: Callable[[Arguments], None]
+) -> Any:
+    """Build a PrimFunc whose body is emitted by `body`."""
+    tokens = tvm.tirx.Var("m", "int64")
+
+    def argument(name: str, shape: tuple[Any, ...], dtype: str = "float32") -> Buffer:
+        return B.arg(name, B.buffer(shape, dtype))
+
+    with IRBuilder() as builder:
+        with B.prim_func(is_private=True, s_tir=True):
+            B.func_attr(
+                {"tirx.is_scheduled": True, "tirx.noalias": True, "op_pattern": _OPAQUE}
+            )
+            x = argument("x", (tokens, spec.k))
+            norm = argument("norm", (spec.k,)) if spec.norm_eps is not None else None
+            packed = {p.name: argument(p.name, p.shape, p.dtype) for p in params}
+            bias = argument("bias", (spec.n,)) if spec.epilogue.bias else None
+            residual = None
+            if spec.epilogue.residual:
+                residual = argument("residual", (tokens, spec.n_out))
+            out = argument("out", (tokens, spec.n_out))
+            body(Arguments(tokens, x, norm, packed, bias, residual, out))
+    return builder.get()

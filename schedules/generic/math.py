@@ -1,0 +1,143 @@
+"""Elementary functions on float32 scalars and vectors, written so that LLVM keeps them in SIMD.
+
+LLVM turns ``exp``, ``erf`` and ``tanh`` of a vector into one call of the C library per lane. These are
+polynomials instead, with no table, no branch and no call. Every function takes and returns a TIR
+expression of type float32 or float32xL. Call them while a function is being built (by the IR builder,
+or inside TVMScript, which is one): shared terms become bindings in front of the statement.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from gqsa_compiler._tvm import B, T, tvm
+
+Expr = Any
+
+_LOG2_E = 1.4426950408889634
+_LN2_HIGH = 0.693359375
+_LN2_LOW = -2.12194440e-4
+_EXP_MIN = -87.0  # e^x below is still a normal float32
+_EXP_MAX = 88.0  # e^x above would need an exponent of 128
+# Cephes' expf: (e^r - 1 - r) / r^2 on |r| <= ln(2) / 2.
+_EXP_POLY = (
+    1.9875691500e-4,
+    1.3981999507e-3,
+    8.3334519073e-3,
+    4.1665795894e-2,
+    1.6666665459e-1,
+    5.0000001201e-1,
+)
+# Eigen's erf: x P(x^2) / Q(x^2) on |x| <= 4.
+_ERF_P = (
+    -2.72614225801306e-10,
+    2.77068142495902e-08,
+    -2.10102402082508e-06,
+    -5.69250639462346e-05,
+    -7.34990630326855e-04,
+    -2.95459980854025e-03,
+    -1.60960333262415e-02,
+)
+_ERF_Q = (
+    -1.45660718464996e-05,
+    -2.13374055278905e-04,
+    -1.68282697438203e-03,
+    -7.37332916720468e-03,
+    -1.42647390514189e-02,
+)
+
+
+def lanes_of(x: Expr) -> int:
+    """Return the number of lanes of an expression."""
+    return int(tvm.DataType(x.ty.dtype).lanes)
+
+
+def splat(value: float | int | Expr, like: Expr, dtype: str = "float32") -> Expr:
+    """Repeat a number or a scalar expression in every lane of `like`."""
+    scalar = tvm.tirx.const(value, dtype) if isinstance(value, (int, float)) else value
+    lanes = lanes_of(like)
+    return scalar if lanes == 1 else T.Broadcast(scalar, lanes)
+
+
+def fma(a: Expr, b: Expr, c: Expr) -> Expr:
+    """``a * b + c``, rounded once where the target has the instruction.
+
+    TVM emits no fast-math flags, so LLVM may not fuse a plain product and sum.
+    """
+    return T.call_llvm_pure_intrin(c.ty, "llvm.fmuladd", a, b, c)
+
+
+def _horner(x: Expr, coefficients: tuple[float, ...]) -> Expr:
+    result = splat(coefficients[0], x)
+    for c in coefficients[1:]:
+        result = fma(result, x, splat(c, x))
+    return result
+
+
+def exp(x: Expr) -> Expr:
+    """``e^x`` to 2 units in the last place; saturates at e^-87 and e^88, so never 0 or infinite."""
+    t = B.bind(T.max(T.min(x, splat(_EXP_MAX, x)), splat(_EXP_MIN, x)))
+    n = B.bind(T.nearbyint(t * splat(_LOG2_E, x)))
+    r = B.bind(fma(n, splat(-_LN2_LOW, x), fma(n, splat(-_LN2_HIGH, x), t)))
+    lanes = lanes_of(x)
+    suffix = f"x{lanes}" if lanes > 1 else ""
+    exponent = T.Cast(f"int32{suffix}", n) + splat(127, x, "int32")
+    power = T.reinterpret(f"float32{suffix}", T.shift_left(exponent, splat(23, x, "int32")))
+    return fma(r * r, _horner(r, _EXP_POLY), r + splat(1.0, x)) * power
+
+
+def sigmoid(x: Expr) -> Expr:
+    """``1 / (1 + e^-x)``."""
+    one = splat(1.0, x)
+    return one / (one + exp(splat(0.0, x) - x))
+
+
+def silu(x: Expr) -> Expr:
+    """``x * sigmoid(x)``."""
+    v = B.bind(x)
+    return v / (splat(1.0, v) + exp(splat(0.0, v) - v))
+
+
+def erf(x: Expr) -> Expr:
+    """The error function, to an absolute error of 4e-7."""
+    v = B.bind(T.max(T.min(x, splat(4.0, x)), splat(-4.0, x)))
+    square = B.bind(v * v)
+    return v * _horner(square, _ERF_P) / _horner(square, _ERF_Q)
+
+
+def tanh(x: Expr) -> Expr:
+    """The hyperbolic tangent, to an absolute error of 2e-7."""
+    one = splat(1.0, x)
+    two = splat(2.0, x)
+    return one - two / (one + exp(two * x))
+
+
+def gelu(x: Expr) -> Expr:
+    """``x / 2 * (1 + erf(x / sqrt(2)))``."""
+    v = B.bind(x)
+    half = B.bind(splat(0.5, v) * v)
+    return fma(half, erf(v * splat(0.7071067811865476, v)), half)
+
+
+def gelu_tanh(x: Expr) -> Expr:
+    """GELU's tanh form; ``x / 2 * (1 + tanh(u)) = x * sigmoid(2 u)`` needs one exponential."""
+    v = B.bind(x)
+    cubic = fma(v * v, splat(0.044715, v), splat(1.0, v))
+    return v / (splat(1.0, v) + exp(v * cubic * splat(-2 * 0.7978845608028654, v)))
+
+
+def relu(x: Expr) -> Expr:
+    """``max(x, 0)``."""
+    return T.max(x, splat(0.0, x))
+
+
+def activate(name: str, x: Expr) -> Expr:
+    """Apply the activation that `Epilogue.activation` names."""
+    functions: dict[str, Callable[[Expr], Expr]] = {
+        "silu": silu,
+        "gelu": gelu,
+        "gelu_tanh": gelu_tanh,
+        "relu": relu,
+    }
+    return functions[name](x)

@@ -1,0 +1,212 @@
+"""What happens to the activations before the dot products: RMS norm, quantisation, interleaving."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from gqsa_compiler._tvm import B
+from gqsa_compiler.schedules.generic import math
+from gqsa_compiler.schedules.generic.emit import (
+    Buffer,
+    Expr,
+    broadcast,
+    cast,
+    const,
+    int64,
+    load,
+    local,
+    row_sum,
+    store,
+)
+from gqsa_compiler.schedules.generic.tiles import TilePlan
+from gqsa_compiler.schedules.spec import LinearSpec
+
+QUANT_MAX = 127.0
+QUANT_TINY = 1e-30
+"""A group whose largest magnitude is below this is quantised to zeros."""
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """Activations as the dot products read them, in the order of `TilePlan`.
+
+    Parameters
+    ----------
+    values : Buffer
+        float32 or int8; one-dimensional, or x itself (its first row is read).
+    scales : Buffer or None
+        float32, int8's scale a group of a token, interleaved likewise with one for G values.
+    """
+
+    values: Buffer
+    scales: Buffer | None
+
+    def load(self, offset: Expr, lanes: int) -> Expr:
+        """Load consecutive values."""
+        if len(self.values.shape) == 2:
+            return load(self.values, int64(0), offset, lanes=lanes)
+        return load(self.values, offset, lanes=lanes)
+
+
+def rms_factor(x: Buffer, token: Expr, k: int, eps: float, lanes: int) -> Expr:
+    """Emit ``1 / sqrt(mean(x[token] ** 2) + eps)``."""
+    vectors, tail = divmod(k, lanes)
+    total = local(lanes)
+    store(total, broadcast(const(0.0, "float32"), lanes), 0, lanes=lanes)
+    with B.serial(int64(0), int64(vectors)) as i:
+        v = B.bind(load(x, token, i * int64(lanes), lanes=lanes))
+        store(total, math.fma(v, v, load(total, 0, lanes=lanes)), 0, lanes=lanes)
+    summed = local(1)
+    store(summed, row_sum(load(total, 0, lanes=lanes), lanes), 0)
+    with B.serial(int64(0), int64(tail)) as i:
+        v = B.bind(load(x, token, int64(vectors * lanes) + i))
+        store(summed, math.fma(v, v, load(summed, 0)), 0)
+    mean = load(summed, 0) * const(1.0 / k, "float32")
+    return B.bind(const(1.0, "float32") / B.sqrt(mean + const(eps, "float32")))
+
+
+def prepare_one(spec: LinearSpec, x: Buffer, norm: Buffer | None, lanes: int) -> Inputs:
+    """Prepare the only token of a call; reads `x` in place where nothing has to change."""
+    if norm is None and spec.activation_dtype == "float32":
+        return Inputs(x, None)
+    quantised = spec.activation_dtype == "int8"
+    values = B.alloc_buffer((spec.k,), spec.activation_dtype)
+    scales = B.alloc_buffer((spec.k // spec.group_size,), "float32") if quantised else None
+    inputs = Inputs(values, scales)
+    _write_token(spec, x, norm, inputs, int64(0), (int64(0), int64(1), int64(0)), lanes)
+    return inputs
+
+
+def prepare_tiles(
+    spec: LinearSpec, x: Buffer, norm: Buffer | None, plan: TilePlan, tokens: Expr, lanes: int
+) -> Inputs:
+    """Prepare all tokens of a call, in parallel; what pads the last tile is zero."""
+    groups = spec.k // spec.group_size
+    capacity = B.bind(plan.capacity())
+    values = B.alloc_buffer((capacity * int64(spec.k),), spec.activation_dtype)
+    scales = None
+    if spec.activation_dtype == "int8":
+        scales = B.alloc_buffer((capacity * int64(groups),), "float32")
+    inputs = Inputs(values, scales)
+    with B.parallel(int64(0), capacity) as token:
+        place = plan.place(token)
+        with B.If(token < tokens):
+            with B.Then():
+                _write_token(spec, x, norm, inputs, token, place, lanes)
+            with B.Else():
+                _write_zeros(spec, inputs, place, lanes)
+    return inputs
+
+
+def _write_token(
+    spec: LinearSpec,
+    x: Buffer,
+    norm: Buffer | None,
+    inputs: Inputs,
+    token: Expr,
+    place: tuple[Expr, Expr, Expr],
+    lanes: int,
+) -> None:
+    size = spec.group_size
+    factor = None
+    if norm is not None:
+        assert spec.norm_eps is not None
+        factor = rms_factor(x, token, spec.k, spec.norm_eps, min(lanes, size))
+    width = min(lanes, size)
+
+    def value(column: Expr) -> Expr:
+        v = load(x, token, column, lanes=width)
+        if factor is None or norm is None:
+            return v
+        return v * broadcast(factor, width) * load(norm, column, lanes=width)
+
+    with B.serial(int64(0), int64(spec.k // size)) as group:
+        column = B.bind(group * int64(size))
+        at = _group_offset(spec, place, group)
+        if inputs.scales is None:
+            for i in range(0, size, width):
+                store(inputs.values, value(column + int64(i)), at + int64(i), lanes=width)
+        else:
+            staged = local(size)
+            for i in range(0, size, width):
+                store(staged, value(column + int64(i)), i, lanes=width)
+            _quantise(spec, inputs, staged, at, width)
+
+
+def _group_offset(spec: LinearSpec, place: tuple[Expr, Expr, Expr], group: Expr) -> Expr:
+    first, tile, within = place
+    return B.bind(
+        first * int64(spec.k) + (group * tile + within) * int64(spec.group_size)
+    )
+
+
+def _quantise(spec: LinearSpec, inputs: Inputs, staged: Buffer, at: Expr, width: int) -> None:
+    size = spec.group_size
+    peak = B.bind(B.abs(load(staged, 0, lanes=width)))
+    for i in range(width, size, width):
+        peak = B.bind(B.max(peak, B.abs(load(staged, i, lanes=width))))
+    lanes = width
+    while lanes > 1:
+        lanes //= 2
+        low, high = list(range(lanes)), list(range(lanes, 2 * lanes))
+        peak = B.bind(B.max(B.Shuffle([peak], low), B.Shuffle([peak], high)))
+    zero = const(0.0, "float32")
+    usable = peak >= const(QUANT_TINY, "float32")
+    limit = const(QUANT_MAX, "float32")
+    inverse = B.bind(B.Select(usable, limit / B.max(peak, const(QUANT_TINY, "float32")), zero))
+    assert inputs.scales is not None
+    store(
+        inputs.scales,
+        B.Select(usable, peak / limit, zero),
+        B.floordiv(at, int64(size)),
+    )
+    for i in range(0, size, width):
+        scaled = load(staged, i, lanes=width) * broadcast(inverse, width)
+        whole = cast("int32", B.nearbyint(scaled), width)
+        store(inputs.values, cast("int8", whole, width), at + int64(i), lanes=width)
+
+
+def _write_zeros(
+    spec: LinearSpec, inputs: Inputs, place: tuple[Expr, Expr, Expr], lanes: int
+) -> None:
+    size = spec.group_size
+    width = min(lanes, size)
+    zero = broadcast(const(0, spec.activation_dtype), width)
+    with B.serial(int64(0), int64(spec.k // size)) as group:
+        at = _group_offset(spec, place, group)
+        for i in range(0, size, width):
+            store(inputs.values, zero, at + int64(i), lanes=width)
+        if inputs.scales is not None:
+            store(inputs.scales, const(0.0, "float32"), B.floordiv(at, int64(size)))
+
+
+
+
+def normalise_rows(
+    spec: LinearSpec, x: Buffer, norm: Buffer, tokens: Expr, lanes: int
+) -> Buffer:
+    """Emit the RMS norm of all tokens, in parallel, into a scratch buffer [tokens, K]."""
+    assert spec.norm_eps is not None
+    eps = spec.norm_eps
+    result = B.alloc_buffer((tokens, spec.k), "float32")
+    vectors, tail = divmod(spec.k, lanes)
+
+    def token_body(token: Expr) -> None:
+        factor = rms_factor(x, token, spec.k, eps, lanes)
+
+        def columns(at: Expr, width: int) -> None:
+            value = load(x, token, at, lanes=width) * broadcast(factor, width)
+            store(result, value * load(norm, at, lanes=width), token, at, lanes=width)
+
+        with B.serial(int64(0), int64(vectors)) as i:
+            columns(i * int64(lanes), lanes)
+        with B.serial(int64(0), int64(tail)) as i:
+            columns(int64(vectors * lanes) + i, 1)
+
+    # One token is not worth waking the threads for.
+    with B.If(tokens == int64(1)):
+        with B.Then():
+            token_body(int64(0))
+        with B.Else(), B.parallel(int64(0), tokens) as token:
+            token_body(token)
+    return result

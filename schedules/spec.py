@@ -1,0 +1,129 @@
+"""What a kernel must compute: frozen descriptions that rules, passes and reports share."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
+
+from gqsa_compiler.errors import CompileError
+
+WeightKind = Literal["bsr_int4", "dense"]
+ActivationDtype = Literal["float32", "int8"]
+Activation = Literal["silu", "gelu", "gelu_tanh", "relu"]
+
+
+@dataclass(frozen=True)
+class Epilogue:
+    """What happens to a linear layer's output, in this order.
+
+    ``y = W x``; ``+ bias``; then `activation`, or, when `gated`,
+    ``activation(y[:N/2]) * y[N/2:]`` (gate rows first, up rows second); ``+ residual``.
+
+    Parameters
+    ----------
+    bias : bool
+        Operand ``bias`` float32 [N].
+    activation : str or None
+        ``silu``, ``gelu`` (erf), ``gelu_tanh`` or ``relu``.
+    gated : bool
+        The output has N/2 features. Needs `activation`.
+    residual : bool
+        Operand ``residual`` float32 [m, N_out], added last.
+    """
+
+    bias: bool = False
+    activation: Activation | None = None
+    gated: bool = False
+    residual: bool = False
+
+
+@dataclass(frozen=True)
+class LinearSpec:
+    """One (possibly folded) linear layer as a kernel sees it.
+
+    Parameters
+    ----------
+    n, k : int
+        Rows (output features before gating) and columns (input features).
+    weight : str
+        ``bsr_int4`` or ``dense``.
+    weight_dtype : str
+        ``int4`` for BSR; ``float16``, ``bfloat16`` or ``float32`` for dense storage.
+    group_size : int
+        G; 0 for dense.
+    nnz, max_row_nnz : int
+        Kept groups in all, and in the fullest row; 0 for dense.
+    symmetric : bool
+        BSR without stored zero points.
+    activation_dtype : str
+        ``float32``, or ``int8``: inputs are quantised per token and group of G on the fly, after
+        the norm. Dense layers ignore it and use float32.
+    norm_eps : float or None
+        When set, the input is RMS-normalised first, with operand ``norm`` float32 [K]:
+        ``x * rsqrt(mean(x^2) + eps) * norm``.
+    epilogue : Epilogue
+    out_dtype : str
+        Always ``float32`` on CPUs.
+    """
+
+    n: int
+    k: int
+    weight: WeightKind
+    weight_dtype: str
+    group_size: int = 0
+    nnz: int = 0
+    max_row_nnz: int = 0
+    symmetric: bool = False
+    activation_dtype: ActivationDtype = "float32"
+    norm_eps: float | None = None
+    epilogue: Epilogue = field(default_factory=Epilogue)
+    out_dtype: str = "float32"
+
+    @property
+    def n_out(self) -> int:
+        """Output features after gating."""
+        return self.n // 2 if self.epilogue.gated else self.n
+
+    def check(self) -> None:
+        """Refuse a description that no kernel can mean.
+
+        Raises
+        ------
+        CompileError
+            Naming the field.
+        """
+        size = self.group_size
+        if self.n < 1 or self.k < 1:
+            raise CompileError(f"A linear layer of {self.n} x {self.k} has nothing to compute.")
+        if self.weight == "bsr_int4":
+            if size not in (8, 16, 32, 64, 128, 256):
+                raise CompileError(f"Group size {size} is not a power of two from 8 to 256.")
+            if self.k % size:
+                raise CompileError(f"Group size {size} does not divide {self.k} input features.")
+            if not 0 <= self.nnz <= self.n * (self.k // size):
+                raise CompileError(
+                    f"{self.nnz} groups of {size} do not fit a layer of {self.n} x {self.k}."
+                )
+        if self.epilogue.gated and (self.n % 2 or self.epilogue.activation is None):
+            raise CompileError("A gated layer needs an even number of rows and an activation.")
+
+    def to_json(self) -> str:
+        """Serialise to one line of JSON with sorted keys."""
+        return json.dumps(asdict(self), sort_keys=True)
+
+    @classmethod
+    def from_json(cls, text: str) -> LinearSpec:
+        """Inverse of `to_json`."""
+        fields: dict[str, Any] = json.loads(text)
+        fields["epilogue"] = Epilogue(**fields["epilogue"])
+        return cls(**fields)
+
+
+@dataclass(frozen=True)
+class ParamSpec:
+    """One tensor that a kernel reads: `name` (unique in the kernel), shape and dtype."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str

@@ -1,0 +1,193 @@
+"""Decoding against one-weight-at-a-time arithmetic, and the constructors."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from gqsa_compiler.checkpoint import (
+    BSRLayer,
+    concat_rows,
+    convert,
+    decode_groups,
+    from_codes,
+    from_dense,
+    pack_nibbles,
+    to_dense,
+    to_scipy,
+    validate_layer,
+)
+from gqsa_compiler.errors import CheckpointError
+from tests.checkpoint.helpers import layers, naive_dense, random_layer, same_layer
+
+
+@settings(max_examples=60, deadline=None)
+@given(layer=layers())
+def test_dense_is_exact(layer: BSRLayer) -> None:
+    dense = to_dense(layer)
+    assert dense.dtype == np.float32
+    assert np.array_equal(dense, naive_dense(layer))
+
+
+@settings(max_examples=40, deadline=None)
+@given(layer=layers())
+def test_scipy_agrees_with_dense(layer: BSRLayer) -> None:
+    sparse = to_scipy(layer)
+    assert sparse.blocksize == (1, layer.group_size)
+    assert sparse.shape == layer.shape
+    assert sparse.data.shape[0] == layer.nnz
+    sparse.check_format(full_check=True)
+    assert np.array_equal(sparse.toarray(), to_dense(layer))
+
+
+def test_dense_in_small_chunks_is_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    layer = random_layer("p", (50, 128), 16, seed=1)
+    whole = to_dense(layer)
+    monkeypatch.setattr(convert, "_CHUNK_VALUES", 16 * 7)
+    assert np.array_equal(to_dense(layer), whole)
+
+
+def test_decode_groups_takes_a_range() -> None:
+    layer = random_layer("p", (9, 64), 8, seed=2)
+    assert np.array_equal(decode_groups(layer, 3, 10), decode_groups(layer)[3:10])
+
+
+@settings(max_examples=60, deadline=None)
+@given(data=st.data(), columns=st.integers(1, 5), group_size=st.sampled_from([8, 16]))
+def test_concat_rows_stacks(data: st.DataObject, columns: int, group_size: int) -> None:
+    one = layers(columns=columns, group_size=group_size)
+    parts = data.draw(st.lists(one, min_size=1, max_size=4))
+    stacked = concat_rows("all", parts)
+    validate_layer(stacked)
+    assert stacked.symmetric == all(part.symmetric for part in parts)
+    assert np.array_equal(to_dense(stacked), np.concatenate([to_dense(p) for p in parts]))
+
+
+def test_concat_rows_refuses_what_does_not_fit() -> None:
+    a = random_layer("a", (2, 64), 16)
+    with pytest.raises(CheckpointError, match="no layers"):
+        concat_rows("x", [])
+    for other in (random_layer("b", (2, 32), 16), random_layer("b", (2, 64), 8)):
+        with pytest.raises(CheckpointError, match="'a' and 'b' cannot be stacked"):
+            concat_rows("x", [a, other])
+
+
+def test_concat_rows_refuses_an_indptr_overflow(monkeypatch: pytest.MonkeyPatch) -> None:
+    a = random_layer("a", (2, 64), 16, density=1.0)
+    monkeypatch.setattr(convert, "MAX_INDEX", 15)
+    with pytest.raises(CheckpointError, match="more than 2"):
+        concat_rows("x", [a, a])
+
+
+@pytest.mark.parametrize(
+    ("values", "packed"),
+    [([], []), ([3], [0x03]), ([1, 2], [0x21]), ([1, 2, 15], [0x21, 0x0F])],
+)
+def test_pack_nibbles(values: list[int], packed: list[int]) -> None:
+    result = pack_nibbles(np.array(values, np.uint8))
+    assert result.dtype == np.uint8
+    assert result.tolist() == packed
+
+
+@settings(max_examples=40, deadline=None)
+@given(layer=layers())
+def test_from_codes_inverts_unpacking(layer: BSRLayer) -> None:
+    n, k = layer.shape
+    g = layer.group_size
+    keep = np.zeros((n, k // g), bool)
+    rows = np.repeat(np.arange(n), np.diff(layer.indptr))
+    keep[rows, layer.indices] = True
+    codes = np.full((n, k // g, g), 255, np.uint8)  # dropped ones are not read
+    codes[keep] = layer.codes()
+    scales = np.full(keep.shape, np.inf)
+    scales[keep] = layer.scales
+    zeros = None
+    if not layer.symmetric:
+        zeros = np.full(keep.shape, 255, np.uint8)
+        zeros[keep] = layer.zeros()
+    assert same_layer(from_codes(layer.name, (n, k), g, keep, codes, scales, zeros), layer)
+
+
+def codes_arguments() -> dict[str, Any]:
+    return {
+        "name": "p",
+        "shape": (2, 32),
+        "group_size": 16,
+        "keep_mask": np.ones((2, 2), bool),
+        "codes": np.zeros((2, 2, 16), np.uint8),
+        "scales": np.ones((2, 2)),
+        "zeros": np.zeros((2, 2), np.uint8),
+    }
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"group_size": 12}, "group size 12 does not divide K = 32"),
+        ({"group_size": 0}, "group size 0 does not divide"),
+        ({"keep_mask": np.ones((2, 3), bool)}, r"keep_mask has shape \[2, 3\], not \[2, 2\]"),
+        ({"codes": np.zeros((2, 2, 8), np.uint8)}, "codes has shape"),
+        ({"scales": np.ones(4)}, r"scales has shape \[4\]"),
+        ({"zeros": np.zeros((2, 1), np.uint8)}, "zeros has shape"),
+        ({"codes": np.full((2, 2, 16), 16, np.uint8)}, "code outside 0 to 15"),
+        ({"codes": np.full((2, 2, 16), -1, np.int8)}, "code outside 0 to 15"),
+        ({"zeros": np.full((2, 2), 16, np.uint8)}, "zero point outside 0 to 15"),
+        ({"scales": np.full((2, 2), 1e6)}, "scale 0 is not a finite number"),
+        ({"scales": np.full((2, 2), np.nan)}, "scale 0 is not a finite number"),
+    ],
+)
+def test_from_codes_refuses(change: dict[str, Any], says: str) -> None:
+    from_codes(**codes_arguments())
+    with pytest.raises(CheckpointError, match=says):
+        from_codes(**{**codes_arguments(), **change})
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    seed=st.integers(0, 2**32 - 1),
+    size=st.sampled_from([1e-9, 1e-7, 1e-3, 1.0, 1e4]),
+    symmetric=st.booleans(),
+)
+def test_from_dense_rounds_to_nearest(seed: int, size: float, symmetric: bool) -> None:
+    rng = np.random.default_rng(seed)
+    weight = (rng.standard_normal((5, 64)) * size).astype(np.float32)
+    weight[0] = 0
+    keep = rng.random((5, 4)) < 0.7
+    layer = from_dense("p", weight, 16, keep, symmetric=symmetric)
+    error = np.abs(to_dense(layer) - weight).reshape(5, 4, 16)
+    assert layer.nnz == np.count_nonzero(keep)
+    assert layer.symmetric == symmetric
+    assert not to_dense(layer)[0].any()
+    # Half a step, and at the ends of the range what rounding the scale to float16 costs.
+    steps = layer.scales.astype(np.float32)
+    assert (error[keep].max(axis=1) <= steps * 0.51 + 15 * np.spacing(layer.scales)).all()
+
+
+def test_from_dense_keeps_everything_by_default() -> None:
+    layer = from_dense("p", np.eye(16, dtype=np.float32), 8)
+    assert layer.sparsity == 0.0
+    assert np.allclose(to_dense(layer), np.eye(16), atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("weight", "group_size", "says"),
+    [
+        (np.zeros((2, 20)), 16, "group size 16 does not divide K = 20"),
+        (np.full((2, 16), np.nan), 16, "not finite"),
+        (np.full((2, 16), 2e6), 16, "too large for a float16 scale"),
+    ],
+)
+def test_from_dense_refuses(weight: Any, group_size: int, says: str) -> None:
+    with pytest.raises(CheckpointError, match=says):
+        from_dense("p", weight, group_size)
+
+
+def test_from_dense_does_not_look_at_dropped_groups() -> None:
+    weight = np.ones((1, 32), np.float32)
+    weight[0, :16] = 1e7
+    layer = from_dense("p", weight, 16, np.array([[False, True]]))
+    assert to_dense(layer)[0, 16:] == pytest.approx(1.0, abs=1e-3)

@@ -1,0 +1,49 @@
+"""Shared by every test: what this machine has, and the texts that tests read."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def _cuda_missing() -> str | None:
+    """Return why GPU tests cannot run here, or None where they can."""
+    try:
+        driver = ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return "no CUDA driver (libcuda.so.1) on this machine"
+    count = ctypes.c_int(0)
+    if driver.cuInit(0) != 0 or driver.cuDeviceGetCount(ctypes.byref(count)) != 0:
+        return "the CUDA driver does not start on this machine"
+    return None if count.value else "no CUDA device on this machine"
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip the tests marked `gpu`, with the reason, where there is no GPU."""
+    marked = [item for item in items if item.get_closest_marker("gpu")]
+    reason = _cuda_missing() if marked else None
+    if reason is not None:
+        for item in marked:
+            item.add_marker(pytest.mark.skip(reason=reason))
+
+
+@pytest.fixture(scope="session")
+def root() -> Path:
+    """Return the repository's directory."""
+    return ROOT
+
+
+@pytest.fixture(scope="session")
+def wikitext() -> Path:
+    """Return the path of WikiText-2's validation split, which is not part of the repository."""
+    path = Path(
+        os.environ.get("GQSA_WIKITEXT", ROOT.parent / "shared" / "data" / "wikitext2-valid.txt")
+    )
+    if not path.is_file():
+        pytest.skip(f"no WikiText-2 at {path}; set GQSA_WIKITEXT to the file to run this test")
+    return path

@@ -1,0 +1,56 @@
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from gqsa_compiler.runtime.cpus import allowed_cpus, default_threads
+
+
+@pytest.fixture
+def four_twins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A machine of four cores with two threads each: CPU i + 4 is the twin of CPU i."""
+    for cpu in range(8):
+        folder = tmp_path / f"devices/system/cpu/cpu{cpu}/topology"
+        folder.mkdir(parents=True)
+        (folder / "thread_siblings_list").write_text(f"{cpu % 4},{cpu % 4 + 4}\n")
+    (tmp_path / "fs/cgroup").mkdir(parents=True)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(8)))
+    return tmp_path
+
+
+def test_one_thread_a_core(four_twins: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert allowed_cpus(four_twins) == [0, 1, 2, 3, 4, 5, 6, 7]
+    assert default_threads(four_twins) == 4
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {1, 3, 5, 7})
+    assert allowed_cpus(four_twins) == [1, 3, 5, 7]
+    assert default_threads(four_twins) == 2
+
+
+def test_neighbours_are_twins(four_twins: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for cpu in range(8):
+        path = four_twins / f"devices/system/cpu/cpu{cpu}/topology/thread_siblings_list"
+        path.write_text(f"{cpu // 2 * 2}-{cpu // 2 * 2 + 1}\n")
+    assert allowed_cpus(four_twins) == [0, 2, 4, 6, 1, 3, 5, 7]
+    assert default_threads(four_twins) == 4
+
+
+@pytest.mark.parametrize(
+    ("text", "threads"), [("200000 100000", 2), ("150000 100000", 2), ("max 100000", 4), ("", 4)]
+)
+def test_a_container_s_quota(four_twins: Path, text: str, threads: int) -> None:
+    (four_twins / "fs/cgroup/cpu.max").write_text(text)
+    assert default_threads(four_twins) == threads
+
+
+def test_a_system_that_tells_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0, 5})
+    assert allowed_cpus(tmp_path) == [0, 5]
+    assert default_threads(tmp_path) == 2
+
+
+def test_only_twins_are_allowed(four_twins: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {6, 7})
+    assert allowed_cpus(four_twins) == [6, 7]
+    assert default_threads(four_twins) == 2

@@ -1,0 +1,199 @@
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+import tvm_ffi
+
+from gqsa_compiler.runtime.engine import Session
+from gqsa_compiler.runtime.errors import UsageError
+from gqsa_compiler.runtime.model import Model
+from tests.runtime import toy
+from tests.runtime.conftest import Arrays
+
+TEXT = [int(i) for i in np.random.default_rng(5).integers(3, toy.VOCAB, toy.CONTEXT)]
+EXACT = {"rtol": 1e-4, "atol": 1e-4}  # float32 sums in another order; the logits' spread is 4
+
+
+@pytest.fixture(scope="module")
+def expected(arrays: Arrays) -> np.ndarray:
+    return toy.reference(arrays, TEXT)
+
+
+@pytest.fixture
+def session(model: Model) -> Iterator[Session]:
+    session = model.session()
+    yield session
+    session.close()
+
+
+@pytest.mark.parametrize("n", [1, 15, 16, 17, 40, toy.CONTEXT])
+def test_chunked_prefill_is_one_prefill(session: Session, expected: np.ndarray, n: int) -> None:
+    sequence = session.add()
+    logits = session.prefill(sequence, TEXT[:n])
+    assert logits.shape == (toy.VOCAB,)
+    assert logits.dtype == np.float32
+    np.testing.assert_allclose(logits, expected[n - 1], **EXACT)
+    assert session.length(sequence) == n
+
+
+def test_a_sequence_grows_by_chunks_and_by_tokens(session: Session, expected: np.ndarray) -> None:
+    sequence = session.add()
+    session.prefill(sequence, TEXT[:20])
+    np.testing.assert_allclose(session.prefill(sequence, TEXT[20:23]), expected[22], **EXACT)
+    for i in range(23, 50):
+        logits = session.decode([sequence], [TEXT[i]])
+        np.testing.assert_allclose(logits[0], expected[i], **EXACT)
+    np.testing.assert_allclose(session.prefill(sequence, TEXT[50:]), expected[-1], **EXACT)
+
+
+def test_batch_is_its_singles(session: Session, arrays: Arrays) -> None:
+    """Sequences of different lengths, decoded together in an order of their own."""
+    texts = [TEXT[:33], TEXT[40:45], TEXT[90:91]]
+    sequences = [session.add() for _ in texts]
+    for sequence, text in zip(sequences, texts, strict=True):
+        session.prefill(sequence, text)
+    for step in range(20):
+        tokens = [TEXT[step], TEXT[step + 30], TEXT[step + 60]]
+        texts = [[*text, token] for text, token in zip(texts, tokens, strict=True)]
+        logits = session.decode(sequences[::-1], tokens[::-1])
+        if step % 6 == 0:
+            for row, text in zip(logits[::-1], texts, strict=True):
+                np.testing.assert_allclose(row, toy.reference(arrays, text)[-1], **EXACT)
+
+
+@pytest.mark.parametrize("n", [1, 16, 61, toy.CONTEXT])
+def test_score(model: Model, expected: np.ndarray, n: int) -> None:
+    blocks = list(model.score(np.array(TEXT[:n])))
+    np.testing.assert_allclose(np.concatenate(blocks), expected[:n], **EXACT)
+
+
+def test_score_stopped_early_frees_its_sequence(session: Session) -> None:
+    for _ in range(2 * toy.BATCH):
+        scores = session.score(TEXT)
+        next(scores)
+        scores.close()
+    assert [session.add() for _ in range(toy.BATCH)]
+
+
+def test_logits_are_tvm_memory_and_stay_valid(session: Session) -> None:
+    sequence = session.add()
+    first = session.prefill(sequence, TEXT[:5])
+    kept = first.copy()
+    assert not first.base.flags.owndata
+    for token in TEXT[5:20]:
+        session.decode([sequence], [token])
+    np.testing.assert_array_equal(first, kept)
+
+
+def test_pages_are_reused_and_the_batch_is_bounded(session: Session) -> None:
+    for _ in range(3):
+        full = [session.add() for _ in range(toy.BATCH)]
+        for sequence in full:
+            session.prefill(sequence, TEXT)
+        with pytest.raises(UsageError, match="holds 3 sequences, all that max_batch allows"):
+            session.add()
+        for sequence in full:
+            session.remove(sequence)
+            session.remove(sequence)
+
+
+def test_context_is_bounded(session: Session) -> None:
+    sequence = session.add()
+    words = r"The prompt has 97 tokens and the context 96; .* larger --context"
+    with pytest.raises(UsageError, match=words):
+        session.prefill(sequence, [*TEXT, 3])
+    session.prefill(sequence, TEXT)
+    with pytest.raises(UsageError, match=words):
+        session.decode([sequence], [3])
+    with pytest.raises(UsageError, match=words):
+        list(session.score([*TEXT, 3]))
+
+
+@pytest.mark.parametrize(
+    ("tokens", "words"),
+    [
+        ([], "prompt is empty"),
+        ([[3]], "prompt is empty"),
+        ([3, toy.VOCAB], f"token id {toy.VOCAB}, and the model's vocabulary is 0 to"),
+        ([-1, 3], "token id -1"),
+        ([1.5], "must be integers, not float64"),
+    ],
+)
+def test_bad_tokens(session: Session, tokens: list[int], words: str) -> None:
+    with pytest.raises(UsageError, match=words):
+        session.prefill(session.add(), tokens)
+
+
+@pytest.mark.parametrize(
+    ("limits", "words"),
+    [
+        ({"threads": 0}, "threads is 0 and this process may use"),
+        ({"threads": 1000}, "threads is 1000 and this process may use"),
+        ({"context_length": 97}, "context_length is 97 and the artefact was compiled for 1 to 96"),
+        ({"context_length": 0}, "context_length is 0"),
+        ({"max_batch": 4}, "max_batch is 4 and the artefact was compiled for 1 to 3"),
+    ],
+)
+def test_bad_limits(model: Model, limits: dict[str, int], words: str) -> None:
+    with pytest.raises(UsageError, match=words):
+        model.session(**limits)
+
+
+def test_smaller_limits(model: Model, expected: np.ndarray) -> None:
+    session = model.session(threads=1, context_length=20, max_batch=1)
+    sequence = session.add()
+    np.testing.assert_allclose(session.prefill(sequence, TEXT[:20]), expected[19], **EXACT)
+    with pytest.raises(UsageError, match="the context 20"):
+        session.decode([sequence], [3])
+    with pytest.raises(UsageError, match="1 sequences"):
+        session.add()
+    session.close()
+
+
+@pytest.mark.parametrize("threads", range(1, 1 + min(4, len(os.sched_getaffinity(0)))))
+def test_threads_are_the_session_s_own(model: Model, threads: int) -> None:
+    """Each session has its own pool, whatever others in the process have."""
+    before = os.sched_getaffinity(0)
+    session = model.session(threads=threads)
+    count = session._on_thread(tvm_ffi.get_global_func("runtime.NumThreads"))
+    assert (count, session.threads) == (threads, threads)
+    assert os.sched_getaffinity(0) == before
+    session.close()
+    session.close()
+    with pytest.raises(UsageError, match="session is closed"):
+        session.add()
+
+
+def test_two_python_threads_share_a_session(session: Session, expected: np.ndarray) -> None:
+    results: dict[int, list[np.ndarray]] = {}
+
+    def work(start: int) -> None:
+        sequence = session.add()
+        results[start] = [session.prefill(sequence, TEXT[:start])]
+        for i in range(start, start + 20):
+            results[start].append(session.decode([sequence], [TEXT[i]])[0])
+
+    workers = [threading.Thread(target=work, args=(start,)) for start in (10, 30, 50)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    for start, rows in results.items():
+        np.testing.assert_allclose(rows, expected[start - 1 : start + 20], **EXACT)
+
+
+def test_a_failing_pass_leaves_the_session_usable(session: Session, expected: np.ndarray) -> None:
+    sequence = session.add()
+
+    def fail(*args: object) -> None:
+        raise RuntimeError("no such luck")
+
+    with pytest.raises(RuntimeError, match="no such luck"):
+        session._pass([sequence], np.array([3], np.int32), fail)
+    session.remove(sequence)
+    logits = session.prefill(session.add(), TEXT[:9])
+    np.testing.assert_allclose(logits, expected[8], **EXACT)

@@ -1,0 +1,156 @@
+from __future__ import annotations
+
+import hashlib
+import platform
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from gqsa_compiler.runtime import library
+from gqsa_compiler.runtime.engine import Program
+from gqsa_compiler.runtime.errors import ArtefactError
+from gqsa_compiler.runtime.manifest import Manifest, Target
+from gqsa_compiler.runtime.model import load
+from tests.runtime.toy import edit_manifest
+
+TARGET = Target("x86-64-v4", "llvm", platform.machine(), ("avx2", "avx512f"), 1, "")
+
+
+def write_cpuinfo(directory: Path, flags: str) -> Path:
+    path = directory / "cpuinfo"
+    path.write_text(f"processor\t: 0\n{flags}\nprocessor\t: 1\n{flags}\n")
+    return path
+
+
+def test_cpu_flags(tmp_path: Path) -> None:
+    library.check_target(TARGET, write_cpuinfo(tmp_path, "flags\t\t: avx2 avx512f sse2"))
+    library.check_target(TARGET, write_cpuinfo(tmp_path, "Features\t: avx2 avx512f"))
+    words = r"compiled for x86-64-v4 .* this machine lacks avx512f; compile it again with --target"
+    with pytest.raises(ArtefactError, match=words):
+        library.check_target(TARGET, write_cpuinfo(tmp_path, "flags\t\t: avx2 avx512_vnni"))
+
+
+def test_a_system_that_tells_no_flags_is_believed(tmp_path: Path) -> None:
+    library.check_target(TARGET, tmp_path / "nothing")
+    library.check_target(TARGET, write_cpuinfo(tmp_path, "model name : x"))
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda m: m["target"].update(arch="sparc64"), r"\(sparc64\) and this machine is"),
+        (lambda m: m["target"].update(device_type=2, kind="cuda"), r"\(cuda\), which this release"),
+        (lambda m: m["target"].update(flags=["avx9000"]), "this machine lacks avx9000"),
+        (lambda m: m["versions"].update(tvm="0.26.0"), "apache-tvm 0.26.0 and .* is installed"),
+        (lambda m: m["versions"].update(tvm_ffi="0.2.0"), "apache-tvm-ffi==0.2.0 or compile again"),
+        (lambda m: m["versions"].update(tvm_ffi="0.1.999"), "apache-tvm-ffi 0.1.999 and"),
+        (lambda m: m["versions"].update(tvm_ffi="?"), r"apache-tvm-ffi \? and"),
+        (lambda m: m["library"].update(sha256="00"), r"model\.so is damaged"),
+        (lambda m: m["library"].update(file="other.so"), r"there is no .*other\.so"),
+        (lambda m: m["parameters"][0].update(sha256="00"), r"embed\.weight in .* is damaged"),
+        (lambda m: m["parameters"][0].update(name="x"), "has no parameter x"),
+        (lambda m: m.update(parameters_file="other"), r"there is no .*other"),
+    ],
+)
+def test_refused_before_anything_is_loaded(
+    copy: Path,
+    change: Callable[[dict[str, Any]], Any],
+    words: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def refuse(*args: object) -> None:
+        raise AssertionError("a library was loaded")
+
+    monkeypatch.setattr(library, "load_executable", refuse)
+    edit_manifest(copy, change)
+    with pytest.raises(ArtefactError, match=words):
+        load(copy)
+
+
+def test_post_releases_and_older_ffi_patches_are_the_same(copy: Path) -> None:
+    manifest = Manifest.read(copy)
+    library.check_ffi("0.1.15")
+    edit_manifest(copy, lambda m: m["versions"].update(tvm="0.27.0.post9"))
+    assert library.find_runtime(copy, manifest)[0].name == "libtvm_runtime.so"
+
+
+def test_bundle_comes_first(copy: Path) -> None:
+    manifest = Manifest.read(copy)
+    (copy / "lib").mkdir()
+    (copy / "lib" / "libtvm_runtime.so").touch()
+    with pytest.raises(ArtefactError, match=r"incomplete: there is no .*runtime_extra\.so"):
+        library.find_runtime(copy, manifest)
+    (copy / "lib" / "libtvm_runtime_extra.so").touch()
+    assert {p.parent for p in library.find_runtime(copy, manifest)} == {copy / "lib"}
+
+
+def test_no_tvm_and_no_bundle(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    manifest = Manifest.read(copy)
+    monkeypatch.setattr(library.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ArtefactError, match=r"install apache-tvm==.* or compile with --bundle"):
+        library.find_runtime(copy, manifest)
+    with pytest.raises(ArtefactError, match="gqsa-no-such-package is not installed"):
+        library._installed("gqsa-no-such-package")
+
+
+def test_code_that_is_no_library(copy: Path) -> None:
+    path = copy / "model.so"
+    path.write_bytes(b"not ELF")
+    with pytest.raises(ArtefactError, match=r"model\.so cannot be loaded"):
+        library.load_executable([], path)
+
+
+def test_library_without_the_functions(copy: Path) -> None:
+    """A real shared library that is not ours: one of numpy's serves."""
+    shutil.copy(np.linalg._umath_linalg.__file__, copy / "model.so")
+    digest = hashlib.sha256((copy / "model.so").read_bytes()).hexdigest()
+    edit_manifest(copy, lambda m: m["library"].update(sha256=digest))
+    with pytest.raises(ArtefactError, match="library is not a compiled model: Module has no"):
+        load(copy)
+
+
+def test_loading_imports_no_compiler(artefact: Path) -> None:
+    """TVM's Python package stays out, and so do torch and transformers."""
+    code = (
+        "import sys; from gqsa_compiler import runtime\n"
+        f"print(runtime.load({str(artefact)!r}).generate('the man', max_tokens=3).token_ids)\n"
+        "print(sorted({'tvm', 'torch', 'transformers'} & set(sys.modules)))"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    )
+    assert result.stdout.splitlines()[1] == "[]"
+
+
+def test_errors_import_nothing_else() -> None:
+    code = (
+        "import sys, gqsa_compiler.runtime.errors, gqsa_compiler.runtime.manifest\n"
+        "print(sorted({'numpy', 'tvm_ffi', 'tokenizers', 'jinja2'} & set(sys.modules)))"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    )
+    assert result.stdout.strip() == "[]"
+
+
+def test_every_public_name_exists() -> None:
+    from gqsa_compiler import runtime
+
+    for name in runtime.__all__:
+        assert getattr(runtime, name).__name__ == name
+    assert dir(runtime) == sorted(runtime.__all__)
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        _ = runtime.nothing
+
+
+def test_versions_in_the_manifest_are_the_installed_ones(artefact: Path) -> None:
+    manifest = Manifest.read(artefact)
+    assert manifest.versions.tvm == version("apache-tvm")
+    assert Program(artefact, manifest).manifest is manifest

@@ -1,0 +1,64 @@
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from gqsa_compiler.runtime.errors import ArtefactError
+from gqsa_compiler.runtime.manifest import Manifest
+from tests.runtime.toy import edit_manifest
+
+Change = Callable[[dict[str, Any]], Any]
+
+
+def test_round_trip(artefact: Path, tmp_path: Path) -> None:
+    manifest = Manifest.read(artefact)
+    manifest.write(tmp_path)
+    assert Manifest.read(tmp_path) == manifest
+    data = json.loads((tmp_path / "manifest.json").read_text())
+    assert (data["format"], data["format_version"]) == ("gqsa-artefact", 1)
+    assert data["model"]["eos_token_ids"] == [0]
+    assert data["kernels"][0]["config"] == {"tile": 4}
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda m: m.update(format="onnx"), "not the manifest of a GQSA artefact"),
+        (lambda m: m.update(format_version=2), "version 2 and this runtime reads version 1"),
+        (lambda m: m.update(format_version=True), "format version True"),
+        (lambda m: m.pop("format_version"), "format version None"),
+        (lambda m: m.pop("target"), "has no target"),
+        (lambda m: m["model"].pop("prefill_chunk"), "has no model.prefill_chunk"),
+        (lambda m: m["model"].update(rope="yes"), "unknown key model.rope"),
+        (lambda m: m["model"].update(vocab_size="9"), "model.vocab_size should be int"),
+        (lambda m: m["model"].update(vocab_size=True), "model.vocab_size should be int"),
+        (lambda m: m["model"].update(prefill_chunk=0), "prefill_chunk is 0 and must be positive"),
+        (lambda m: m["parameters"][0].update(shape=[1, "x"]), r"parameters\[0\].shape\[1\]"),
+        (lambda m: m["parameters"].append(m["parameters"][0]), "lists a parameter twice"),
+        (lambda m: m.update(parameters={}), "parameters should be a list"),
+        (lambda m: m.update(parameters_file="../x"), "not a plain name"),
+        (lambda m: m["library"].update(file="/bin/sh"), "not a plain name"),
+    ],
+)
+def test_what_does_not_fit_is_refused(copy: Path, change: Change, words: str) -> None:
+    edit_manifest(copy, change)
+    with pytest.raises(ArtefactError, match=words):
+        Manifest.read(copy)
+
+
+@pytest.mark.parametrize("text", ["", "[1]", "{", "[" * 100_000, '"x"', "\x00"])
+def test_what_is_no_manifest_is_refused(tmp_path: Path, text: str) -> None:
+    (tmp_path / "manifest.json").write_text(text)
+    with pytest.raises(ArtefactError, match=r"manifest\.json"):
+        Manifest.read(tmp_path)
+
+
+def test_missing_directory_and_missing_manifest(tmp_path: Path) -> None:
+    with pytest.raises(ArtefactError, match="no such directory"):
+        Manifest.read(tmp_path / "nothing")
+    with pytest.raises(ArtefactError, match="not a compiled artefact"):
+        Manifest.read(tmp_path)
