@@ -105,7 +105,7 @@ def bench_artefact(
     ArtefactError
         It cannot be loaded.
     """
-    from gqsa_compiler import runtime
+    from gqsa_compiler.runtime import load
     from gqsa_compiler.runtime.manifest import Manifest
 
     say = progress or (lambda stage, done, total: None)
@@ -119,7 +119,7 @@ def bench_artefact(
         )
     say("Loading the artefact", 0, 0)
     runs: list[BenchRun] = []
-    with runtime.load(
+    with load(
         directory, threads=threads, verify=verify, context_length=length, max_batch=1
     ) as model:
         used = model.threads

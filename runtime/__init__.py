@@ -15,8 +15,9 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from gqsa_compiler.runtime.engine import Session
     from gqsa_compiler.runtime.errors import ArtefactError, GqsaError, UsageError
+    from gqsa_compiler.runtime.generation import Generation, Options, Timings
     from gqsa_compiler.runtime.manifest import Manifest
-    from gqsa_compiler.runtime.model import Generation, Model, Timings, load
+    from gqsa_compiler.runtime.model import Model, TextStream, load
     from gqsa_compiler.runtime.sampling import SamplingOptions
 
 __all__ = [
@@ -25,8 +26,10 @@ __all__ = [
     "GqsaError",
     "Manifest",
     "Model",
+    "Options",
     "SamplingOptions",
     "Session",
+    "TextStream",
     "Timings",
     "UsageError",
     "load",
@@ -34,13 +37,15 @@ __all__ = [
 
 _MODULES = {
     "ArtefactError": "errors",
-    "Generation": "model",
+    "Generation": "generation",
     "GqsaError": "errors",
     "Manifest": "manifest",
     "Model": "model",
+    "Options": "generation",
     "SamplingOptions": "sampling",
     "Session": "engine",
-    "Timings": "model",
+    "TextStream": "model",
+    "Timings": "generation",
     "UsageError": "errors",
     "load": "model",
 }

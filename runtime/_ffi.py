@@ -1,7 +1,7 @@
 """tvm_ffi, without torch.
 
-tvm_ffi imports torch wherever it is installed, for conversions that the runtime does not use: a
-second of start-up and 250 MB of memory. So torch is out of sight while tvm_ffi loads, unless the
+tvm_ffi imports torch wherever it is installed, for conversions that the runtime does not use: two
+seconds of start-up and 180 MB of memory. So torch is out of sight while tvm_ffi loads, unless the
 program has imported one of them already.
 """
 

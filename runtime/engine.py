@@ -202,7 +202,7 @@ class Session:
         for sequence in sequences:
             self._require_room(self._lengths[sequence] + 1)
         rows = np.arange(len(sequences), dtype=np.int32)
-        return self._pass(sequences, self._ids(tokens), self._forward, rows)
+        return self._pass(sequences, self.check_tokens(tokens), self._forward, rows)
 
     def score(self, tokens: Sequence[int] | np.ndarray) -> Iterator[np.ndarray]:
         """Yield the logits that follow each token of a text, in order.
@@ -215,7 +215,8 @@ class Session:
         Yields
         ------
         ndarray
-            float32 [r, V] with r of at most 128; together [n, V]. Row i says what follows token i.
+            float32 [r, V], r at most `SCORE_ROWS`; together [n, V]. Row i says what follows
+            token i.
 
         """
         sequence = self.add()
@@ -228,6 +229,27 @@ class Session:
                     yield np.from_dlpack(logits)
         finally:
             self.remove(sequence)
+
+    def check_tokens(self, tokens: Sequence[int] | np.ndarray) -> np.ndarray:
+        """Return token ids as int32 [n]: the compiled embedding would read whatever lies there.
+
+        Raises
+        ------
+        UsageError
+            There are none, or one is no number of the vocabulary.
+        """
+        ids = np.asarray(tokens)
+        if ids.size == 0:
+            raise UsageError("The prompt is empty; at least one token is needed.")
+        if ids.ndim != 1 or not np.issubdtype(ids.dtype, np.integer):
+            raise UsageError(f"Token ids must be a list of integers, not {ids.dtype} {ids.shape}.")
+        wrong = ids[(ids < 0) | (ids >= self.vocab_size)]
+        if wrong.size:
+            raise UsageError(
+                f"The prompt has the token id {wrong[0]}, and the model's vocabulary is "
+                f"0 to {self.vocab_size - 1}."
+            )
+        return np.ascontiguousarray(ids, dtype=np.int32)
 
     def close(self) -> None:
         """Free the cache and end the session's thread; a closed session cannot be used again."""
@@ -272,7 +294,7 @@ class Session:
         lengths = tvm_ffi.Shape((each,) * len(sequences))
         self._begin(self._kv, tvm_ffi.Shape(sequences), lengths)
         try:
-            arguments = [_tensor(array) for array in (tokens, *rows)]
+            arguments = [_tensor(_aligned(array)) for array in (tokens, *rows)]
             return np.from_dlpack(function(*arguments, self._kv, self._parameters))
         finally:
             self._end(self._kv)
@@ -280,24 +302,10 @@ class Session:
     def _chunks(
         self, sequence: int, tokens: Sequence[int] | np.ndarray
     ) -> Iterator[tuple[np.ndarray, bool]]:
-        ids = self._ids(tokens)
+        ids = self.check_tokens(tokens)
         self._require_room(self._lengths[sequence] + len(ids))
         for start in range(0, len(ids), self._chunk):
             yield ids[start : start + self._chunk], start + self._chunk >= len(ids)
-
-    def _ids(self, tokens: Sequence[int] | np.ndarray) -> np.ndarray:
-        """Check token ids: the compiled embedding does not, and would read foreign memory."""
-        ids = np.asarray(tokens)
-        if ids.ndim != 1 or ids.size == 0:
-            raise UsageError("The prompt is empty; at least one token is needed.")
-        if not np.issubdtype(ids.dtype, np.integer):
-            raise UsageError(f"Token ids must be integers, not {ids.dtype}.")
-        if ids.min() < 0 or ids.max() >= self.vocab_size:
-            raise UsageError(
-                f"The prompt has the token id {ids.max() if ids.min() >= 0 else ids.min()}, and "
-                f"the model's vocabulary is 0 to {self.vocab_size - 1}."
-            )
-        return np.ascontiguousarray(ids, dtype=np.int32)
 
     def _require_room(self, tokens: int) -> None:
         if tokens > self.context_length:
@@ -320,3 +328,11 @@ def _limit(name: str, asked: int | None, most: int) -> int:
 
 def _tensor(array: np.ndarray) -> Any:
     return tvm_ffi.from_dlpack(array)
+
+
+def _aligned(ids: np.ndarray) -> np.ndarray:
+    """Copy int32 [n] to where TVM's code takes arguments to be; numpy only promises 16 bytes."""
+    buffer = np.empty(len(ids) + params.ALIGNMENT // 4, np.int32)
+    start = -buffer.ctypes.data % params.ALIGNMENT // 4
+    buffer[start : start + len(ids)] = ids
+    return buffer[start : start + len(ids)]

@@ -14,14 +14,12 @@ import numpy as np
 from gqsa_compiler.runtime.chat import load_template, special_tokens
 from gqsa_compiler.runtime.engine import Program, Session
 from gqsa_compiler.runtime.errors import ArtefactError, UsageError
-from gqsa_compiler.runtime.generation import Generation, Options, Request, Timings
+from gqsa_compiler.runtime.generation import Generation, Options, Request
 from gqsa_compiler.runtime.manifest import Manifest
 from gqsa_compiler.runtime.tokens import load_tokenizer
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
-
-__all__ = ["Generation", "Model", "TextStream", "Timings", "load"]
 
 
 def load(
@@ -64,7 +62,11 @@ def load(
 
 
 class Model:
-    """A loaded artefact; made by `load`. Use it as a context manager, or `close` it."""
+    """A loaded artefact; made by `load`. Use it as a context manager, or `close` it.
+
+    Its methods share one cache: call them from one thread at a time, and open a `session` for
+    more.
+    """
 
     def __init__(
         self,
@@ -213,9 +215,9 @@ class Model:
 
     def _request(self, prompt: str | Sequence[int], options: Options) -> Request:
         text = isinstance(prompt, str)
-        ids = self.tokenize(prompt) if isinstance(prompt, str) else [int(i) for i in prompt]
+        ids = self.tokenize(prompt) if isinstance(prompt, str) else prompt
         return Request(
-            ids,
+            self._session.check_tokens(ids).tolist(),
             options,
             self.generation_config,
             tokenizer=self.tokenizer,

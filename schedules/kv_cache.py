@@ -19,7 +19,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from gqsa_compiler._tvm import relax, tirx, tvm
+from gqsa_compiler._tvm import PyExprMutator, StringImm, mutator, relax, tirx, tvm
 from gqsa_compiler.errors import CompileError
 from gqsa_compiler.schedules.generic import kv_cache as kernels
 from gqsa_compiler.schedules.generic.attention_common import AttentionShape, vector_lanes
@@ -85,8 +85,8 @@ class KVCacheSpec:
         return self.num_layers * 2 * self.num_key_value_heads * self.head_dim * 4
 
 
-@relax.expr_functor.mutator
-class _MarkSliding(relax.PyExprMutator):  # type: ignore[misc]
+@mutator
+class _MarkSliding(PyExprMutator):
     """Negate ``sm_scale`` where a layer has a sliding window."""
 
     def __init__(self, mod: Any, spec: KVCacheSpec) -> None:
@@ -113,9 +113,7 @@ class _MarkSliding(relax.PyExprMutator):  # type: ignore[misc]
         if self.spec.attn_kinds[number] == "mha":
             return call
         arguments = relax.Tuple([cache, layer, relax.prim_value(-_value(scale)), qkv])
-        return relax.Call(
-            call.op, [call.args[0], arguments], call.attrs, call.ty_args, call.span
-        )
+        return relax.Call(call.op, [call.args[0], arguments], call.attrs, call.ty_args, call.span)
 
 
 def _value(expr: Any) -> float:
@@ -186,7 +184,7 @@ def _arguments(
         return builder.add_func(function.with_attr("global_symbol", name), name)
 
     def backend(name: str, function: Any) -> Any:
-        return relax.Tuple([tvm.ir.StringImm("tirx"), add(name, function)])
+        return relax.Tuple([StringImm("tirx"), add(name, function)])
 
     none = relax.Tuple([])
     number = relax.prim_value

@@ -10,6 +10,10 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 
+# Tiny models are all barriers to OpenMP: its threads should sleep there, not spin, or tests beside
+# another busy process take ten times as long.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
 
 def _cuda_missing() -> str | None:
     """Return why GPU tests cannot run here, or None where they can."""

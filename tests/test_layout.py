@@ -166,13 +166,14 @@ def test_importing_the_package_loads_nothing() -> None:
 
 
 def test_tvm_is_imported_in_one_place() -> None:
-    """Names that TVM renames between releases come from `_tvm.py` (the toy of the tests aside)."""
+    """Names that TVM renames between releases come from `_tvm.py`; its nn front end is steady."""
     wrong = [
         str(found)
         for part, file in _sources()
         if part not in ("_tvm", "runtime")
         for found in _imports(file)
         if found.module.split(".")[0] in ("tvm", "tvm_ffi")
+        and not found.module.startswith("tvm.relax.frontend")
     ]
     assert not wrong, "\n".join(wrong)
 

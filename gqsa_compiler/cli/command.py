@@ -98,7 +98,7 @@ def describe(error: BaseException) -> tuple[str, int]:
         file = getattr(error, "filename", None)
         where = f" while writing {file}" if file else ""
         return (
-            f"No space left on the disk{where}; free some, or write elsewhere with -o.",
+            f"No space left on the disk{where}; free some, or write elsewhere.",
             EXIT_FAILURE,
         )
     if isinstance(error, MemoryError):
@@ -118,6 +118,19 @@ def describe(error: BaseException) -> tuple[str, int]:
     )
 
 
+def report_error(error: BaseException, verbose: bool = False) -> int:
+    """Say on standard error what an error means and return the exit code."""
+    if isinstance(error, BrokenPipeError):
+        # The reader of a pipe went away (`gqsa run ... | head`): end as SIGPIPE would.
+        _drop_stdout()
+        return _SIGNAL_BASE + signal.SIGPIPE
+    if verbose:
+        traceback.print_exception(error)
+    message, code = describe(error)
+    say_error(message)
+    return code
+
+
 def command(function: Verb) -> Verb:
     """Wrap a verb: errors become one message and an exit code, with no traceback.
 
@@ -133,15 +146,7 @@ def command(function: Verb) -> Verb:
                 sys.stdout.flush()
         except typer.Exit:
             raise
-        except BrokenPipeError:
-            # The reader of a pipe went away (`gqsa run ... | head`): end as SIGPIPE would.
-            _drop_stdout()
-            raise typer.Exit(_SIGNAL_BASE + signal.SIGPIPE) from None
         except (Exception, KeyboardInterrupt, Stopped) as error:
-            if kwargs.get("verbose"):
-                traceback.print_exc()
-            message, code = describe(error)
-            say_error(message)
-            raise typer.Exit(code) from None
+            raise typer.Exit(report_error(error, bool(kwargs.get("verbose")))) from None
 
     return wrapper  # type: ignore[return-value]

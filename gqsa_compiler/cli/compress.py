@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
 from gqsa_compiler.cli import options
 from gqsa_compiler.cli.command import command
-from gqsa_compiler.cli.console import emit_json, note, progress, show_settings
+from gqsa_compiler.cli.console import emit_json, note, progress, seconds_text, show_settings
 from gqsa_compiler.cli.paths import require_file, require_free
+from gqsa_compiler.compress.recipe import (
+    DEFAULT_SAMPLES,
+    DEFAULT_SEQUENCE_LENGTH,
+    parse_recipe,
+)
 
 
 @command
@@ -31,19 +36,21 @@ def compress(
             help="Text file to calibrate on.", show_default="text that the model writes itself"
         ),
     ] = None,
-    samples: Annotated[int, typer.Option(min=1, help="Calibration sequences.")] = 128,
+    samples: Annotated[int, typer.Option(min=1, help="Calibration sequences.")] = DEFAULT_SAMPLES,
     sequence_length: Annotated[
-        int, typer.Option(min=16, help="Tokens in a calibration sequence.")
-    ] = 512,
+        int, typer.Option(min=2, help="Tokens in a calibration sequence.")
+    ] = DEFAULT_SEQUENCE_LENGTH,
     seed: Annotated[int, typer.Option(help="Seed of the calibration text.")] = 0,
     balance: Annotated[
-        str, typer.Option(help="matrix: prune where it costs least. row: every row the same count.")
+        Literal["matrix", "row"],
+        typer.Option(help="matrix: drop what costs least. row: keep as much in every row."),
     ] = "matrix",
     overwrite: options.Overwrite = False,
     json: options.Json = False,
     verbose: options.Verbose = False,
 ) -> None:
     """Compress MODEL: prune groups of weights and quantise the rest to 4 bits."""
+    parse_recipe(recipe)
     require_free(output, overwrite)
     if calibration is not None:
         require_file(calibration, "--calibration")
@@ -60,11 +67,14 @@ def compress(
             "seed": seed,
         },
     )
+    from gqsa_compiler.frontends.source import resolve
+
+    source = resolve(model)  # a wrong name is found before PyTorch is loaded
     from gqsa_compiler.compress import compress_model
 
     with progress() as report_progress:
         report = compress_model(
-            model,
+            source,
             output,
             recipe,
             calibration=calibration,
@@ -78,4 +88,8 @@ def compress(
     if json:
         emit_json(report.to_dict())
         return
+    print(
+        f"{len(report.layers)} layers compressed to {report.bits_per_weight:.3f} bits a weight "
+        f"in {seconds_text(report.seconds)}"
+    )
     note(f"Wrote {output}. Next: gqsa compile {output}")

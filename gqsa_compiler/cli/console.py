@@ -48,8 +48,10 @@ def emit_table(table: Table) -> None:
 
 
 def seconds_text(seconds: float) -> str:
-    """Write a duration as people read it, e.g. ``42 s`` or ``3 min 05 s``."""
-    if seconds < 60:
+    """Write a duration as people read it, e.g. ``1.4 s``, ``42 s`` or ``3 min 05 s``."""
+    if seconds < 9.95:
+        return f"{seconds:.1f} s"
+    if seconds < 59.5:
         return f"{seconds:.0f} s"
     minutes, rest = divmod(round(seconds), 60)
     return f"{minutes} min {rest:02d} s"

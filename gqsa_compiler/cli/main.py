@@ -10,7 +10,7 @@ import typer
 
 from gqsa_compiler.cli.bench import bench
 from gqsa_compiler.cli.chat import chat
-from gqsa_compiler.cli.command import EXIT_FAILURE, EXIT_USAGE, say_error
+from gqsa_compiler.cli.command import EXIT_FAILURE, EXIT_USAGE, report_error, say_error
 from gqsa_compiler.cli.compile import compile_
 from gqsa_compiler.cli.compress import compress
 from gqsa_compiler.cli.eval import eval_
@@ -67,15 +67,11 @@ def _call(app: typer.Typer, name: str, arguments: Sequence[str]) -> int:
     try:
         # Not click's standalone mode: it frames usage errors in a box of several lines.
         code = app(args=list(arguments), prog_name=name, standalone_mode=False)
-    except KeyboardInterrupt:
-        say_error("Interrupted.")
-        return 130
-    except typer.Abort:
-        return 130
-    except Exception as error:
+        sys.stdout.flush()
+    except (Exception, KeyboardInterrupt) as error:
         # click's usage errors have no public name in typer; each says it in `format_message`.
         if not hasattr(error, "format_message"):
-            raise
+            return report_error(error, "--verbose" in arguments)
         verb = [word for word in arguments[:1] if word in VERBS and name == "gqsa"]
         say_error(f"{error.format_message()} (Try: {' '.join([name, *verb, '--help'])})")
         return EXIT_USAGE

@@ -1,1 +1,32 @@
-"""TODO."""
+"""The GQSA algorithm: prune groups of weights, quantise the rest, make up for the error.
+
+Names are loaded when they are first used: recipes can be read without PyTorch.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from gqsa_compiler.compress.pipeline import CompressReport, compress_model
+    from gqsa_compiler.compress.recipe import Recipe, parse_recipe
+
+__all__ = ["CompressReport", "Recipe", "compress_model", "parse_recipe"]
+
+_MODULES = {
+    "CompressReport": "pipeline",
+    "compress_model": "pipeline",
+    "Recipe": "recipe",
+    "parse_recipe": "recipe",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _MODULES:
+        return getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

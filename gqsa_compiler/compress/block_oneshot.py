@@ -10,10 +10,12 @@ from torch import Tensor, nn
 
 from gqsa_compiler.compress.blocks import (
     Arguments,
+    adds_to_output,
     input_groups,
     layer_input,
     linear_layers,
     run_block,
+    run_watched,
     watch_inputs,
 )
 from gqsa_compiler.compress.hessian import MomentAccumulator
@@ -79,16 +81,23 @@ def compress_block(
         ``matrix`` or ``row``.
     """
     block = copy.deepcopy(dense)
+    layers = linear_layers(block)
     groups = input_groups(dense, dense_inputs[0], arguments)
-    watched = {members[0]: list[Tensor]() for members in groups}
+    last = groups[-1] if adds_to_output(dense, groups[-1], dense_inputs[0], arguments) else None
+    watched = {members[0]: list[Tensor]() for members in groups if members != last}
     with watch_inputs(dense, tuple(watched), lambda layer, x: watched[layer].append(x)):
         targets = [run_block(dense, hidden, arguments) for hidden in dense_inputs]
-    layers = linear_layers(block)
     weights: dict[str, GroupedWeight] = {}
     for members in groups:
-        moments = MomentAccumulator(layers[members[0]].in_features)
-        for hidden, wanted in zip(inputs, watched.pop(members[0]), strict=True):
-            moments.add(layer_input(block, members[0], hidden, arguments), wanted)
+        moments = MomentAccumulator()
+        wanted = targets if members == last else watched.pop(members[0])
+        for hidden, want in zip(inputs, wanted, strict=True):
+            if members == last:
+                # The only layer that can also make up for errors on the residual path.
+                seen, output = run_watched(block, members[0], hidden, arguments)
+                moments.add(seen, missing=want - output)
+            else:
+                moments.add(layer_input(block, members[0], hidden, arguments), dense=want)
         done = compress_rows(
             [layers[member].weight for member in members],
             moments.finish(f"{name}.{members[0]}"),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -78,7 +78,7 @@ def to_float32(value: Any) -> Any:
 
 @torch.no_grad()
 def capture_inputs(model: nn.Module, blocks: nn.ModuleList, batches: list[Tensor]) -> BlockInputs:
-    """Run the model on token batches as far as is needed to know its blocks' inputs.
+    """Learn the blocks' inputs; no block runs, so their weights need not be there.
 
     Parameters
     ----------
@@ -92,28 +92,25 @@ def capture_inputs(model: nn.Module, blocks: nn.ModuleList, batches: list[Tensor
     hidden: list[Tensor] = []
     arguments: list[Arguments] = []
 
-    def first(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        hidden.append((args[0] if args else kwargs["hidden_states"]).float())
-        if len(hidden) > 1:
-            raise _Stop
+    def stand_in(first: bool) -> Callable[..., Tensor]:
+        def forward(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+            if first:
+                hidden.append(hidden_states.float())
+            if len(hidden) == 1:
+                arguments.append(to_float32((args, kwargs)))
+            return hidden_states
 
-    def every(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        rest = {key: value for key, value in kwargs.items() if key != "hidden_states"}
-        arguments.append(to_float32((args[1:], rest)))
+        return forward
 
-    handles = [blocks[0].register_forward_pre_hook(first, with_kwargs=True)]
-    # The first batch runs through all blocks: their arguments can differ (sliding windows).
-    handles += [b.register_forward_pre_hook(every, with_kwargs=True) for b in blocks]
+    for index, block in enumerate(blocks):
+        block.forward = stand_in(index == 0)
     try:
         for batch in batches:
-            try:
-                model(input_ids=batch, use_cache=False, logits_to_keep=1)
-            except _Stop:
-                continue
+            model(input_ids=batch, use_cache=False, logits_to_keep=1)
     finally:
-        for handle in handles:
-            handle.remove()
-    return BlockInputs(hidden, arguments[: len(blocks)])
+        for block in blocks:
+            del block.forward  # the class's own comes back
+    return BlockInputs(hidden, arguments)
 
 
 def run_block(block: nn.Module, hidden: Tensor, arguments: Arguments) -> Tensor:
@@ -176,9 +173,40 @@ def layer_input(block: nn.Module, name: str, hidden: Tensor, arguments: Argument
         seen.append(tensor)
         raise _Stop
 
-    with watch_inputs(block, (name,), see):
-        try:
-            run_block(block, hidden, arguments)
-        except _Stop:
-            pass
+    with watch_inputs(block, (name,), see), suppress(_Stop):
+        run_block(block, hidden, arguments)
     return seen[0]
+
+
+def run_watched(
+    block: nn.Module, name: str, hidden: Tensor, arguments: Arguments
+) -> tuple[Tensor, Tensor]:
+    """Run the block; return the input of one linear layer and the block's output."""
+    seen: list[Tensor] = []
+    with watch_inputs(block, (name,), lambda _, tensor: seen.append(tensor)):
+        output = run_block(block, hidden, arguments)
+    return seen[0], output
+
+
+def adds_to_output(
+    block: nn.Module, members: tuple[str, ...], hidden: Tensor, arguments: Arguments
+) -> bool:
+    """Whether a block's output is something plus the output of its last linear layer.
+
+    Found by adding a number to that layer's output. It is so in pre-norm blocks, not where a norm
+    follows (Gemma 3).
+    """
+    layer = linear_layers(block)[members[-1]]
+    shift = 0.25 * float(hidden.std())
+
+    def after(module: nn.Module, args: tuple[Any, ...], result: Tensor) -> Tensor:
+        return result + shift
+
+    plain = run_block(block, hidden, arguments)
+    handle = layer.register_forward_hook(after)
+    try:
+        moved = run_block(block, hidden, arguments)
+    finally:
+        handle.remove()
+    error = (moved - plain - shift).abs().max()
+    return len(members) == 1 and bool(error <= 1e-3 * shift + 1e-5 * plain.abs().max())

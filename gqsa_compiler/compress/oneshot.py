@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 
 import torch
@@ -22,7 +23,7 @@ PRUNE_STEPS = 3
 """Groups are dropped in this many equal steps; the rest is refitted and scored again after each."""
 
 REFIT_STEPS = 12
-"""Conjugate gradient steps of one refit."""
+"""Conjugate gradient steps of the last refit; those between pruning steps take half of them."""
 
 SWEEP_COLUMNS = 128
 """Columns whose errors are gathered before they are passed on to the columns behind them."""
@@ -57,9 +58,7 @@ class GroupedWeight:
     def rows(self, start: int, stop: int) -> GroupedWeight:
         """Return a slice of the rows."""
         part = slice(start, stop)
-        return GroupedWeight(
-            self.keep[part], self.codes[part], self.scales[part], self.zeros[part]
-        )
+        return GroupedWeight(self.keep[part], self.codes[part], self.scales[part], self.zeros[part])
 
 
 def compress_rows(
@@ -90,21 +89,22 @@ def compress_rows(
     group = recipe.group_size
     hessian = moments.hessian.float()
     inverse_hessian = inverse(moments.hessian)
-    target = (dense.double() @ (moments.hessian + moments.drift)).float()
+    target = moments.target(dense)
     blocks = torch.linalg.inv(group_blocks(inverse_hessian, group)).float()
     solver = MaskedSolver(hessian, target, group)
 
     full = torch.ones(dense.shape[0], dense.shape[1] // group, dtype=torch.bool)
-    mask, fitted = full, solver.refit(dense, full)
+    mask, fitted = full, solver.refit(dense, full, REFIT_STEPS // 2)
     for step in range(1, PRUNE_STEPS + 1 if recipe.sparsity else 1):
         scores = obs_scores(fitted, blocks)
         share = recipe.sparsity * step / PRUNE_STEPS
         mask = torch.cat([choose_mask(s, share, balance) for s in scores.split(sizes)])
-        fitted = solver.refit(fitted, mask)
+        fitted = solver.refit(fitted, mask, REFIT_STEPS // 2)
+    fitted = solver.refit(fitted, mask, REFIT_STEPS)
     factor = torch.linalg.cholesky(inverse_hessian, upper=True).float()
     result = polish(sweep(fitted, mask, factor, group), hessian, target)
     bounds = torch.tensor([0, *sizes]).cumsum(0).tolist()
-    return [result.rows(a, b) for a, b in zip(bounds[:-1], bounds[1:], strict=True)]
+    return [result.rows(a, b) for a, b in itertools.pairwise(bounds)]
 
 
 class MaskedSolver:
@@ -133,7 +133,7 @@ class MaskedSolver:
         parts = residual.reshape(-1, groups, size).transpose(0, 1)
         return (parts @ self._inverse).transpose(0, 1).reshape(residual.shape)
 
-    def refit(self, start: Tensor, mask: Tensor, steps: int = REFIT_STEPS) -> Tensor:
+    def refit(self, start: Tensor, mask: Tensor, steps: int) -> Tensor:
         """Return better weights float32 [N, K] on `mask` bool [N, K/G], beginning at `start`."""
         keep = mask.repeat_interleave(self._inverse.shape[1], dim=1).float()
         weight = start * keep
@@ -167,30 +167,34 @@ def sweep(weight: Tensor, mask: Tensor, factor: Tensor, group_size: int) -> Grou
     group_size : int
         G.
     """
-    weight = weight.clone()
-    rows, features = weight.shape
-    codes = torch.zeros(rows, features // group_size, group_size)
-    scales = torch.empty(rows, features // group_size)
+    # Transposed, so that a column of the weight is contiguous.
+    columns = weight.T.contiguous()
+    features, rows = columns.shape
+    codes = torch.empty_like(columns)
+    scales = torch.empty(features // group_size, rows)
     zeros = torch.empty_like(scales)
+    keep = mask.T.contiguous()
     chunk = max(SWEEP_COLUMNS, group_size)
     for begin in range(0, features, chunk):
         end = min(begin + chunk, features)
-        errors = torch.empty(rows, end - begin)
+        errors = torch.empty(end - begin, rows)
         for column in range(begin, end):
             index, place = divmod(column, group_size)
             if place == 0:
                 part = slice(column, column + group_size)
                 importance = factor.diagonal()[part] ** -2
-                scale, zero = fit_grid(weight[:, part], importance)
-                scales[:, index], zeros[:, index] = scale, zero
-            code = encode(weight[:, column], scale, zero)
-            codes[:, index, place] = code
-            value = torch.where(mask[:, index], decode(code, scale, zero), 0.0)
-            error = (weight[:, column] - value) / factor[column, column]
-            weight[:, column:end] -= error[:, None] * factor[column, column:end]
-            errors[:, column - begin] = error
-        weight[:, end:] -= errors @ factor[begin:end, end:]
-    return GroupedWeight(mask, codes, scales, zeros)
+                grid = fit_grid(columns[part].T.contiguous(), importance)
+                scales[index], zeros[index] = grid
+            scale, zero = scales[index], zeros[index]
+            codes[column] = encode(columns[column], scale, zero)
+            value = torch.where(keep[index], decode(codes[column], scale, zero), 0.0)
+            error = (columns[column] - value) / factor[column, column]
+            columns[column:end].addr_(factor[column, column:end], error, alpha=-1)
+            errors[column - begin] = error
+        columns[end:].addmm_(factor[begin:end, end:].T, errors, alpha=-1)
+    return GroupedWeight(
+        mask, codes.T.reshape(rows, -1, group_size), scales.T.contiguous(), zeros.T.contiguous()
+    )
 
 
 def polish(start: GroupedWeight, hessian: Tensor, target: Tensor) -> GroupedWeight:
@@ -209,40 +213,40 @@ def polish(start: GroupedWeight, hessian: Tensor, target: Tensor) -> GroupedWeig
 
 
 def _polish_codes(start: GroupedWeight, hessian: Tensor, target: Tensor) -> GroupedWeight:
-    weight = start.decode()
-    codes = start.codes.clone()
-    features, group = weight.shape[1], codes.shape[2]
+    columns, wanted = start.decode().T.contiguous(), target.T.contiguous()
+    codes = start.codes.flatten(1).T.contiguous()
+    scales, zeros, keep = (x.T.contiguous() for x in (start.scales, start.zeros, start.keep))
+    features, group = columns.shape[0], start.codes.shape[2]
     chunk = max(SWEEP_COLUMNS, group)
     for begin in range(0, features, chunk):
         end = min(begin + chunk, features)
-        pull = target[:, begin:end] - weight @ hessian[:, begin:end]
+        pull = wanted[begin:end] - hessian[begin:end] @ columns
         for column in range(begin, end):
-            index, place = divmod(column, group)
-            scale, zero = start.scales[:, index], start.zeros[:, index]
-            best = weight[:, column] + pull[:, column - begin] / hessian[column, column]
-            code = encode(best, scale, zero)
-            codes[:, index, place] = code
-            value = torch.where(start.keep[:, index], decode(code, scale, zero), 0.0)
-            change = value - weight[:, column]
-            weight[:, column] = value
-            pull -= change[:, None] * hessian[column, begin:end]
+            index = column // group
+            best = columns[column] + pull[column - begin] / hessian[column, column]
+            codes[column] = encode(best, scales[index], zeros[index])
+            value = decode(codes[column], scales[index], zeros[index])
+            value = torch.where(keep[index], value, 0.0)
+            pull.addr_(hessian[column, begin:end], value - columns[column], alpha=-1)
+            columns[column] = value
+    codes = codes.T.reshape(start.codes.shape)
     return GroupedWeight(start.keep, codes, start.scales, start.zeros)
 
 
 def _polish_scales(start: GroupedWeight, hessian: Tensor, target: Tensor) -> GroupedWeight:
-    weight = start.decode()
-    scales = start.scales.clone()
+    columns, wanted = start.decode().T.contiguous(), target.T.contiguous()
+    units = (start.codes - start.zeros[..., None]).flatten(1).T.contiguous()
+    scales, keep = start.scales.T.contiguous(), start.keep.T.contiguous()
     group = start.codes.shape[2]
-    for index in range(scales.shape[1]):
+    for index in range(scales.shape[0]):
         part = slice(index * group, (index + 1) * group)
-        keep, scale = start.keep[:, index], scales[:, index]
-        unit = start.codes[:, index] - start.zeros[:, index, None]
-        pull = target[:, part] - weight @ hessian[:, part]
-        curvature = ((unit @ hessian[part, part]) * unit).sum(1)
-        best = scale + (pull * unit).sum(1) / curvature.clamp(min=torch.finfo().tiny)
-        scales[:, index] = torch.where((curvature > 0) & (best > 0), stored_scale(best), scale)
-        weight[:, part] = torch.where(keep[:, None], unit * scales[:, index, None], 0.0)
-    return GroupedWeight(start.keep, start.codes, scales, start.zeros)
+        unit, scale = units[part], scales[index]
+        pull = wanted[part] - hessian[part] @ columns
+        curvature = ((hessian[part, part] @ unit) * unit).sum(0)
+        best = scale + (pull * unit).sum(0) / curvature.clamp(min=torch.finfo().tiny)
+        scales[index] = torch.where((curvature > 0) & (best > 0), stored_scale(best), scale)
+        columns[part] = torch.where(keep[index], unit * scales[index], 0.0)
+    return GroupedWeight(start.keep, start.codes, scales.T.contiguous(), start.zeros)
 
 
 def round_weight(weight: Tensor, group_size: int) -> Tensor:

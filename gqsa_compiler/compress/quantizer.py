@@ -14,8 +14,12 @@ MIN_SCALE = 2.0**-24
 MAX_SCALE = 65504.0
 """The largest finite float16."""
 
-SHRINKS = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7)
-"""Shares of a group's range tried as the range of its codes."""
+SHRINKS = (1.0, 1.05, 0.975, 0.95, 0.925, 0.9, 0.86)
+"""Shares of a group's range tried as the range of its codes.
+
+Near 1 they matter for where the integer zero point falls, below 1 for clipping. On SmolLM2 with
+G = 16 these seven save 19% of the squared error; 26 finer ones save one percent more.
+"""
 
 
 def stored_scale(scale: Tensor) -> Tensor:

@@ -12,6 +12,10 @@ GROUP_SIZES = (8, 16, 32, 64, 128, 256)
 MAX_SPARSITY_PERCENT = 95
 BALANCES = ("matrix", "row")
 
+DEFAULT_SAMPLES = 128
+DEFAULT_SEQUENCE_LENGTH = 128
+"""Calibration sequences and the tokens of each."""
+
 _NAME = re.compile(r"w(\d+)s(\d+)g(\d+)")
 
 

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
+
+if TYPE_CHECKING:
+    from gqsa_compiler.frontends.source import ModelSource
 
 
 class Scorer(Protocol):
@@ -73,7 +76,7 @@ class TorchScorer:
 
         with torch.inference_mode():
             ids = torch.from_numpy(np.ascontiguousarray(window))[None]
-            found: NDArray[np.float32] = self._model(ids, use_cache=False).logits[0].float().numpy()
+            found: NDArray[np.float32] = self._model(ids, use_cache=False).logits[0].numpy()
         yield found
 
 
@@ -108,44 +111,64 @@ class ArtefactScorer:
         yield from self._model.score(window)
 
 
-def open_scorer(model: str, *, threads: int | None = None, context: int | None = None) -> Scorer:
-    """Open a model for evaluation.
+def locate(model: str) -> Path | ModelSource:
+    """Find a model without loading its weights.
 
     Parameters
     ----------
     model : str
         A dense model, a GQSA checkpoint or an artefact's directory.
+
+    Returns
+    -------
+    Path or ModelSource
+        A path for an artefact, a source for the others.
+
+    Raises
+    ------
+    GqsaError
+        There is no such model, or it is none.
+    """
+    if (Path(model) / "manifest.json").is_file():
+        return Path(model)
+    from gqsa_compiler.frontends.source import resolve
+
+    return resolve(model)
+
+
+def open_scorer(
+    found: Path | ModelSource, *, threads: int | None = None, context: int | None = None
+) -> Scorer:
+    """Load a model for evaluation.
+
+    Parameters
+    ----------
+    found : Path or ModelSource
+        From `locate`.
     threads : int, optional
-        CPU threads; every physical core by default.
+        CPU threads; every CPU of this process by default.
     context : int, optional
         Longest window that will be asked for, in tokens; an artefact reserves memory for it.
 
     Raises
     ------
     GqsaError
-        The model cannot be read.
+        The model is damaged, or `context` is more than it can take.
     """
-    if (Path(model) / "manifest.json").is_file():
+    if isinstance(found, Path):
         from gqsa_compiler import runtime
 
-        loaded = runtime.load(model, threads=threads, context_length=context, max_batch=1)
-        return ArtefactScorer(Path(model).resolve().name, loaded)
-    return _open_torch(model, threads)
+        model = runtime.load(found, threads=threads, context_length=context, max_batch=1)
+        return ArtefactScorer(found.resolve().name, model)
+    return _open_torch(found, threads)
 
 
-def _open_torch(model: str, threads: int | None) -> TorchScorer:
+def _open_torch(source: ModelSource, threads: int | None) -> TorchScorer:
     import torch
 
-    from gqsa_compiler.frontends.source import resolve
-    from gqsa_compiler.frontends.torch_model import load_checkpoint_dense, load_dense
+    from gqsa_compiler.frontends.torch_model import load_dense
 
     if threads is not None:
         torch.set_num_threads(threads)
-    source = resolve(model)
-    if source.checkpoint is None:
-        dense, tokenizer = load_dense(source)
-        return TorchScorer(source.name, dense.float(), tokenizer)
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(source.path)
-    return TorchScorer(source.name, load_checkpoint_dense(source), tokenizer)
+    model, tokenizer = load_dense(source, torch.float32)
+    return TorchScorer(source.name, model, tokenizer)

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gqsa_compiler.errors import ModelError, UsageError
-from gqsa_compiler.evaluate.scorer import Scorer, open_scorer
+from gqsa_compiler.evaluate.scorer import Scorer, locate, open_scorer
 
 # The context of published WikiText perplexities; a model with a shorter one uses its own.
 DEFAULT_CONTEXT = 2048
@@ -207,7 +207,8 @@ def evaluate(
     divergence, divergence_error = _mean_and_error(scores[2].ravel())
     return EvalResult(
         **found.to_dict(),
-        kl_divergence=divergence,
+        # A model's divergence from itself comes out a rounding below 0.
+        kl_divergence=max(divergence, 0.0),
         kl_divergence_stderr=divergence_error,
         reference_perplexity=math.exp(min(float(scores[1].mean()), 700.0)),
     )
@@ -252,12 +253,14 @@ def perplexity(
     GqsaError
         A model cannot be read, or the request does not fit it.
     """
+    # Both are found before either is loaded, which may take minutes.
+    found, found_reference = locate(model), None if reference is None else locate(reference)
     if progress is not None:
         progress("Loading the model", 0, 0)
-    scorer = open_scorer(model, threads=threads, context=context)
+    scorer = open_scorer(found, threads=threads, context=context)
     other = None
-    if reference is not None:
+    if found_reference is not None:
         if progress is not None:
             progress("Loading the reference", 0, 0)
-        other = open_scorer(reference, threads=threads, context=context)
+        other = open_scorer(found_reference, threads=threads, context=context)
     return evaluate(scorer, text, context=context, reference=other, limit=limit, progress=progress)

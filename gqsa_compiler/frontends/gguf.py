@@ -6,6 +6,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 import numpy.typing as npt
 
@@ -17,6 +18,12 @@ from gqsa_compiler.models.registry import text_config
 
 # Tensors that are no parameter of the transformers model: this one is in the configuration.
 _NOT_WEIGHTS = frozenset({"rope_freqs.weight"})
+
+# Values of tokenizer.ggml.pre: GPT-2's regular expression, and the same after single digits.
+_LIKE_GPT2 = frozenset({"default", "gpt-2"})
+_DIGITS_ALONE = frozenset({"smollm", "starcoder", "refact", "minerva-7b"})
+
+_HALF_DTYPES: dict[str, npt.DTypeLike] = {"F16": np.float16, "BF16": ml_dtypes.bfloat16}
 
 
 class GGUFSource(ModelSource):
@@ -104,7 +111,8 @@ class GGUFSource(ModelSource):
                 "which the gguf package cannot decode."
             ) from error
         processed = self._processor.process(weights=weights, name=tensor.name).weights
-        return np.ascontiguousarray(processed, dtype=np.float32)
+        half = _HALF_DTYPES.get(tensor.tensor_type.name, np.float32)
+        return np.ascontiguousarray(processed, dtype=half)
 
     @property
     def disk_bytes(self) -> int:
@@ -121,4 +129,31 @@ class GGUFSource(ModelSource):
             raise ModelError(
                 f"{self.path}: transformers cannot convert its tokenizer: {error}"
             ) from error
+        self._split_as_trained(tokenizer.backend_tokenizer)
         save_transformers_tokenizer(tokenizer, directory, self.config, {})
+
+    def _split_as_trained(self, tokenizer: Any) -> None:
+        """Split text before byte-pair encoding as the vocabulary's merges were learned.
+
+        transformers knows most of GGUF's names for it and silently uses GPT-2's way for others,
+        which encodes, say, a number after an empty line differently.
+        """
+        from tokenizers import pre_tokenizers
+        from transformers.integrations.gguf.gguf_tokenizer_mapping import GGUF_PRE_TOKENIZER_SPLITS
+
+        kind, way = (
+            str(self._reader.fields[name].contents()) if name in self._reader.fields else "default"
+            for name in ("tokenizer.ggml.model", "tokenizer.ggml.pre")
+        )
+        if way in _DIGITS_ALONE:
+            tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+                [
+                    pre_tokenizers.Digits(individual_digits=True),
+                    pre_tokenizers.ByteLevel(add_prefix_space=False),
+                ]
+            )
+        elif kind == "gpt2" and way not in _LIKE_GPT2 and way not in GGUF_PRE_TOKENIZER_SPLITS:
+            raise ModelError(
+                f"{self.path}: text is split in the way {way!r} (tokenizer.ggml.pre), which is not "
+                "understood; use the model's safetensors directory."
+            )

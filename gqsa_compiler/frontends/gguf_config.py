@@ -133,9 +133,7 @@ def _check_biases(config: dict[str, Any], tensors: dict[str, Any], path: Path) -
             raise ModelError(f"{path} is a mixture of experts, which gqsa does not support.")
 
 
-def _add_rope(
-    config: dict[str, Any], scaling: dict[str, Any], factors: Any, path: Path
-) -> None:
+def _add_rope(config: dict[str, Any], scaling: dict[str, Any], factors: Any, path: Path) -> None:
     theta = config.pop("rope_theta", None)
     base: dict[str, Any] = {} if theta is None else {"rope_theta": float(theta)}
     if scaling.get("rope_type", "none") == "none":

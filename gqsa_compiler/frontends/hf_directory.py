@@ -62,7 +62,9 @@ class SafetensorsFiles:
         self.files = self._find_files()
         self._handles = {path: self._open(path) for path in self.files}
         self._where = {
-            name: path for path, handle in self._handles.items() for name in handle.keys()  # noqa: SIM118
+            name: path
+            for path, handle in self._handles.items()
+            for name in handle.keys()  # noqa: SIM118
         }
 
     def _find_files(self) -> tuple[Path, ...]:
@@ -254,7 +256,7 @@ class GQSASource(ModelSource):
     @property
     def disk_bytes(self) -> int:
         """See `ModelSource.disk_bytes`."""
-        return sum(path.stat().st_size for path in self.path.glob("*.safetensors"))
+        return self.checkpoint.disk_bytes
 
     def save_tokenizer(self, directory: Path) -> None:
         """See `ModelSource.save_tokenizer`."""

@@ -32,8 +32,9 @@ class LlamaConfig(DecoderConfig):
         """See `DecoderConfig.read`."""
         common = read_common(fields)
         bias = fields.boolean("attention_bias", False)
-        # Only the way the pre-training split its matrices; transformers does not read it.
-        fields.ignore(["pretraining_tp"])
+        # Neither is read by transformers: how the pre-training split its matrices, and an old
+        # name of max_position_embeddings.
+        fields.ignore(["pretraining_tp", "max_sequence_length"])
         fields.neutral("rope_interleaved", False, None)
         return {
             **common,

@@ -7,24 +7,29 @@ from typing import Any
 
 from gqsa_compiler.errors import ModelError
 
-IRRELEVANT = frozenset(
+# fmt: off
+IRRELEVANT = frozenset({
     # Bookkeeping of transformers and of tools around it.
-    "architectures model_type transformers_version _name_or_path _model_name_or_path name_or_path "
-    "_commit_hash torch_dtype dtype use_cache return_dict output_attentions output_hidden_states "
-    "torchscript use_bfloat16 tf_legacy_loss gradient_checkpointing tokenizer_class task "
-    "_attn_implementation _attn_implementation_autoset _attn_implementation_internal "
-    "attn_implementation id2label label2id num_labels problem_type finetuning_task "
-    "task_specific_params chunk_size_feed_forward transformers.js_config unsloth_version "
-    "unsloth_fixed model_name is_llama_config quantization_config "
+    "architectures", "model_type", "transformers_version", "_name_or_path",
+    "_model_name_or_path", "name_or_path", "_commit_hash", "torch_dtype", "dtype", "use_cache",
+    "return_dict", "output_attentions", "output_hidden_states", "torchscript", "use_bfloat16",
+    "tf_legacy_loss", "gradient_checkpointing", "tokenizer_class", "task",
+    "_attn_implementation", "_attn_implementation_autoset", "_attn_implementation_internal",
+    "attn_implementation", "id2label", "label2id", "num_labels", "problem_type",
+    "finetuning_task", "task_specific_params", "chunk_size_feed_forward",
+    "transformers.js_config", "unsloth_version", "unsloth_fixed", "model_name",
+    "is_llama_config", "quantization_config",
     # Training only.
-    "initializer_range init_std attention_dropout "
+    "initializer_range", "init_std", "attention_dropout",
     # How to generate: generation_config.json's business, not the graph's.
-    "max_length min_length do_sample early_stopping num_beams num_beam_groups diversity_penalty "
-    "temperature top_k top_p typical_p repetition_penalty length_penalty no_repeat_ngram_size "
-    "encoder_no_repeat_ngram_size bad_words_ids num_return_sequences return_dict_in_generate "
-    "output_scores remove_invalid_values exponential_decay_length_penalty prefix "
-    "pad_token_id unk_token_id sep_token_id decoder_start_token_id".split()
-)
+    "max_length", "min_length", "do_sample", "early_stopping", "num_beams", "num_beam_groups",
+    "diversity_penalty", "temperature", "top_k", "top_p", "typical_p", "repetition_penalty",
+    "length_penalty", "no_repeat_ngram_size", "encoder_no_repeat_ngram_size", "bad_words_ids",
+    "num_return_sequences", "return_dict_in_generate", "output_scores", "remove_invalid_values",
+    "exponential_decay_length_penalty", "prefix", "pad_token_id", "unk_token_id",
+    "sep_token_id", "decoder_start_token_id",
+})
+# fmt: on
 """Fields of every family that do not change what the decoder computes."""
 
 NEUTRAL: Mapping[str, tuple[Any, ...]] = {

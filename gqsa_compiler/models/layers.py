@@ -132,7 +132,7 @@ class Attention(nn.Module):
     def forward(self, x: nn.Tensor, rotation: Rotation, kv: PagedKVCache) -> nn.Tensor:
         """Attend from float32 [n, H] to the cached tokens of each row's sequence."""
         qkv = op.concat([self.q_proj(x), self.k_proj(x), self.v_proj(x)], dim=-1)
-        norms = [] if self.q_norm is None else [self.q_norm.weight, self.k_norm.weight]
+        norms = [norm.weight for norm in (self.q_norm, self.k_norm) if norm is not None]
         qkv = op.tensor_ir_op(
             rotation.kernel,
             "rope_qkv",

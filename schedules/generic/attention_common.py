@@ -10,13 +10,15 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from gqsa_compiler._tvm import T, tirx
+from gqsa_compiler._tvm import T
 from gqsa_compiler.errors import CompileError
 from gqsa_compiler.targets import TargetSpec
 
 # The score of a key that a query does not see, and the lse of a query that sees none.
 MASKED = -1e30
 LOG2_E = 1.0 / math.log(2.0)
+# The kernels are whole: no pass may schedule them. Their arguments do not overlap.
+ATTRS = {"tirx.is_scheduled": True, "tirx.noalias": True}
 _STACK_FLOATS = 255  # TVM's limit of 1024 bytes, exclusive
 
 # Vector lanes -> (query-row vectors, keys) of a score tile: 12 to 24 accumulators fit the registers
@@ -131,7 +133,7 @@ def tile_buffers(count: int, vectors: int, lanes: int) -> list[Any]:
 
 def vec(index: Any, lanes: int) -> Any:
     """Return the index of `lanes` consecutive elements."""
-    return T.ramp(index, 1, lanes)
+    return index if lanes == 1 else T.ramp(index, 1, lanes)
 
 
 def splat(value: Any, lanes: int) -> Any:

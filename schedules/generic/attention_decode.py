@@ -1,16 +1,15 @@
 """Decode attention: one query a sequence against the paged cache.
 
 Reading K and V from memory is what it costs, so a task takes one key/value head, all the query
-heads that share it, and a share of the sequence's pages ("flash decoding"); the shares' partial
+heads that share it, and a share of one sequence's pages ("flash decoding"); the shares' partial
 results are merged at the end. Vectors run along the features of a head.
 """
 
 from typing import Any
 
-from tvm.script import ir as I
-
 from gqsa_compiler._tvm import T
 from gqsa_compiler.schedules.generic.attention_common import (
+    ATTRS,
     LOG2_E,
     MASKED,
     AttentionShape,
@@ -23,9 +22,9 @@ from gqsa_compiler.schedules.generic.attention_common import (
     vec,
 )
 
-# Keys a task takes at least: small enough to share a few hundred keys between cores.
-_SHARE = 128
-_KEYS = 4  # keys of a score tile
+_SHARE = 128  # keys of a share: few enough to split some hundred keys between cores
+_KEYS = 4  # keys of a score tile, at most
+_HEADS = 8  # query heads of a register tile, at most
 
 
 class _State:
@@ -39,12 +38,185 @@ class _State:
 
 
 class _Partial:
-    """What the shares of all sequences have found: unscaled outputs, maxima, sums."""
+    """What every share has found: unscaled outputs, maxima, sums of exponentials."""
 
     def __init__(self, shape: AttentionShape, shares: Any) -> None:
         self.out = T.alloc_buffer((shares, shape.num_heads, shape.head_dim), "float32")
         self.top = T.alloc_buffer((shares, shape.num_heads), "float32")
         self.total = T.alloc_buffer((shares, shape.num_heads), "float32")
+
+
+class _Tiles:
+    """The vector code of a page; every method emits statements."""
+
+    def __init__(self, shape: AttentionShape) -> None:
+        self.shape = shape
+        self.lanes = shape.feature_lanes
+        self.steps = shape.head_dim // self.lanes
+        self.heads = largest_divisor(shape.group, _HEADS)
+        vectors = max(1, shape.accumulators // self.heads)
+        self.keys = min(_KEYS, vectors)
+        self.width = largest_divisor(self.steps, vectors)
+
+    def _at(self, i: Any) -> Any:
+        return vec(i * self.lanes, self.lanes)
+
+    def scores(self, state: _State, pages: Any, page: Any, h: Any, j: Any, count: int) -> None:
+        """Scores of keys j : j + count of a page."""
+        with T.serial(self.shape.group // self.heads) as t:
+            acc = tile_buffers(self.heads, count, self.lanes)
+            for buffer in acc:
+                for i in range(count):
+                    T.buffer_store(buffer, splat(T.float32(0), self.lanes), [self._at(i)])
+            with T.serial(self.steps) as s:
+                lines = [T.Bind(pages[page, 0, h, j + i, self._at(s)]) for i in range(count)]
+                for g, buffer in enumerate(acc):
+                    query = T.Bind(state.queries[t * self.heads + g, self._at(s)])
+                    for i, line in enumerate(lines):
+                        T.buffer_store(buffer, buffer[self._at(i)] + query * line, [self._at(i)])
+            for g, buffer in enumerate(acc):
+                for i in range(count):
+                    total = horizontal_sum(T.Bind(buffer[self._at(i)]), self.lanes)
+                    T.buffer_store(state.scores, total, [t * self.heads + g, j + i])
+
+    def weights(self, state: _State, partial: _Partial, s: Any, g: Any, head: Any) -> None:
+        """A head's new maximum, the page's weights, the sum and the rescaling."""
+        lanes = self.shape.page_lanes
+        spots = [vec(i * lanes, lanes) for i in range(self.shape.page_size // lanes)]
+        biggest = T.Bind(state.scores[g, spots[0]])
+        for spot in spots[1:]:
+            biggest = T.Bind(T.max(biggest, state.scores[g, spot]))
+        top = T.Bind(T.max(partial.top[s, head], horizontal_max(biggest, lanes)))
+        factor = exp2(partial.top[s, head] - top, 1)
+        total: Any = None
+        for spot in spots:
+            weight = exp2(state.scores[g, spot] - splat(top, lanes), lanes)
+            T.buffer_store(state.scores, weight, [g, spot])
+            total = weight if total is None else T.Bind(total + weight)
+        total = partial.total[s, head] * factor + horizontal_sum(total, lanes)
+        T.buffer_store(partial.total, total, [s, head])
+        T.buffer_store(partial.top, top, [s, head])
+        T.buffer_store(state.factor, factor, [g])
+
+    def outputs(
+        self, state: _State, partial: _Partial, pages: Any, page: Any, s: Any, h: Any, keys: Any
+    ) -> None:
+        """Emit out = out * factor + the sum over keys of weight * V, for the whole group."""
+        begin, end = keys
+        with T.serial(self.shape.group // self.heads) as t, T.serial(self.steps // self.width) as f:
+            columns = [self._at(f * self.width + w) for w in range(self.width)]
+            first = h * self.shape.group + t * self.heads
+            acc = tile_buffers(self.heads, self.width, self.lanes)
+            for g, buffer in enumerate(acc):
+                factor = T.Bind(splat(state.factor[t * self.heads + g], self.lanes))
+                for w, column in enumerate(columns):
+                    old = partial.out[s, first + g, column]
+                    T.buffer_store(buffer, old * factor, [self._at(w)])
+            with T.serial(end - begin) as i:
+                lines = [T.Bind(pages[page, 1, h, begin + i, column]) for column in columns]
+                for g, buffer in enumerate(acc):
+                    weight = splat(state.scores[t * self.heads + g, begin + i], self.lanes)
+                    weight = T.Bind(weight)
+                    for w, line in enumerate(lines):
+                        T.buffer_store(buffer, buffer[self._at(w)] + weight * line, [self._at(w)])
+            for g, buffer in enumerate(acc):
+                for w, column in enumerate(columns):
+                    T.buffer_store(partial.out, buffer[self._at(w)], [s, first + g, column])
+
+
+def _share(shape: AttentionShape) -> Any:
+    """Return the macro of one task: a share of a sequence's pages, for one key/value head."""
+    group, page, page_lanes = shape.group, shape.page_size, shape.page_lanes
+    tiles = _Tiles(shape)
+    lanes, steps, keys = tiles.lanes, tiles.steps, tiles.keys
+
+    @T.macro
+    def one_page(
+        state: Any, partial: Any, pages: Any, number: Any, begin: Any, end: Any, s: Any, h: Any
+    ) -> None:
+        # Keys begin:end of the page; the other scores weigh nothing.
+        for g, i in T.grid(group, page // page_lanes):
+            for x in T.vectorized(page_lanes):
+                state.scores[g, i * page_lanes + x] = T.float32(MASKED)
+        for i in T.serial((end - begin) // keys):
+            tiles.scores(state, pages, number, h, begin + i * keys, keys)
+        for i in T.serial((end - begin) % keys):
+            tiles.scores(state, pages, number, h, end - 1 - i, 1)
+        for g in T.serial(group):
+            tiles.weights(state, partial, s, g, h * group + g)
+        tiles.outputs(state, partial, pages, number, s, h, [begin, end])
+
+    @T.macro
+    def share(
+        q: Any,
+        sm_scale: Any,
+        pages: Any,
+        page_values: Any,
+        page_begin: Any,
+        span: Any,
+        low: Any,
+        kv_len: Any,
+        partial: Any,
+        b: Any,
+        s: Any,
+        h: Any,
+    ) -> None:
+        # Pages span[0]:span[1] and in them the keys low + 1 : kv_len; the result is number s.
+        state = T.meta_var(_State(shape))
+        scale: T.let[T.float32] = T.max(sm_scale, -sm_scale) * T.float32(LOG2_E)
+        for g, i in T.grid(group, steps):
+            for x in T.vectorized(lanes):
+                state.queries[g, i * lanes + x] = q[b, h * group + g, i * lanes + x] * scale
+                partial.out[s, h * group + g, i * lanes + x] = T.float32(0)
+        for g in T.serial(group):
+            partial.top[s, h * group + g] = T.float32(MASKED)
+            partial.total[s, h * group + g] = T.float32(0)
+        for i in T.serial(span[1] - span[0]):
+            first: T.let[T.int32] = (span[0] + i) * page
+            number: T.let[T.int64] = T.Cast("int64", page_values[page_begin + span[0] + i])
+            begin: T.let[T.int32] = T.max(low + 1 - first, 0)
+            end: T.let[T.int32] = T.min(kv_len - first, page)
+            one_page(state, partial, pages, number, begin, end, s, h)
+
+    return share
+
+
+def _merge(shape: AttentionShape) -> Any:
+    """Return the macro that merges the shares begin:end of a head."""
+    lanes = shape.feature_lanes
+    steps = shape.head_dim // lanes
+
+    @T.macro
+    def merge(partial: Any, begin: Any, end: Any, output: Any, lse: Any, b: Any, head: Any) -> None:
+        top = T.alloc_buffer((1,), "float32")
+        total = T.alloc_buffer((1,), "float32")
+        top[0] = T.float32(MASKED)
+        total[0] = T.float32(0)
+        for s in T.serial(begin, end):
+            top[0] = T.max(top[0], partial.top[s, head])
+        for i in T.serial(steps):
+            for x in T.vectorized(lanes):
+                output[b, head, i * lanes + x] = T.float32(0)
+        for s in T.serial(begin, end):
+            weight = T.meta_var(exp2(partial.top[s, head] - top[0], 1))
+            total[0] = total[0] + weight * partial.total[s, head]
+            for i in T.serial(steps):
+                for x in T.vectorized(lanes):
+                    output[b, head, i * lanes + x] = (
+                        output[b, head, i * lanes + x]
+                        + weight * partial.out[s, head, i * lanes + x]
+                    )
+        inverse: T.let[T.float32] = T.if_then_else(
+            total[0] > T.float32(0), T.float32(1) / total[0], T.float32(0)
+        )
+        for i in T.serial(steps):
+            for x in T.vectorized(lanes):
+                output[b, head, i * lanes + x] = output[b, head, i * lanes + x] * inverse
+        lse[b, head] = T.if_then_else(
+            total[0] > T.float32(0), top[0] + T.log2(total[0]), T.float32(MASKED)
+        )
+
+    return merge
 
 
 def attention_decode(shape: AttentionShape) -> Any:
@@ -62,152 +234,12 @@ def attention_decode(shape: AttentionShape) -> Any:
         the sliding window of `shape`. Outputs are as `attention_prefill`'s.
     """
     heads, kv_heads, dim = shape.num_heads, shape.num_kv_heads, shape.head_dim
-    group, page, window = shape.group, shape.page_size, shape.window
-    lanes = shape.feature_lanes
-    steps = dim // lanes
-    page_lanes = shape.page_lanes
-    budget = shape.accumulators
-    tile = largest_divisor(group, 8)  # query heads of a register tile
-    keys = max(1, min(_KEYS, budget // tile))
-    width = largest_divisor(steps, max(1, budget // tile))  # feature vectors of an output tile
-
-    def score_tile(state: _State, pages: Any, number: Any, h: Any, j: Any, count: int) -> None:
-        """Emit the scores of keys j : j + count of a page."""
-        with T.serial(group // tile) as t:
-            acc = tile_buffers(tile, count, lanes)
-            for buffer in acc:
-                for i in range(count):
-                    T.buffer_store(buffer, splat(T.float32(0), lanes), [vec(i * lanes, lanes)])
-            with T.serial(steps) as s:
-                at = vec(s * lanes, lanes)
-                lines = [T.Bind(pages[number, 0, h, j + i, at]) for i in range(count)]
-                for g, buffer in enumerate(acc):
-                    query = T.Bind(state.queries[t * tile + g, at])
-                    for i, line in enumerate(lines):
-                        spot = vec(i * lanes, lanes)
-                        T.buffer_store(buffer, buffer[spot] + query * line, [spot])
-            for g, buffer in enumerate(acc):
-                for i in range(count):
-                    total = horizontal_sum(T.Bind(buffer[vec(i * lanes, lanes)]), lanes)
-                    T.buffer_store(state.scores, total, [t * tile + g, j + i])
-
-    def weigh(state: _State, g: Any, top: Any, total: Any, at: list[Any]) -> None:
-        """Emit a head's running maximum and sum, its page's weights and the rescaling."""
-        spots = [vec(i * page_lanes, page_lanes) for i in range(page // page_lanes)]
-        biggest = T.Bind(state.scores[g, spots[0]])
-        for spot in spots[1:]:
-            biggest = T.Bind(T.max(biggest, state.scores[g, spot]))
-        new = T.Bind(T.max(top[tuple(at)], horizontal_max(biggest, page_lanes)))
-        factor = exp2(top[tuple(at)] - new, 1)
-        shift = T.Bind(splat(new, page_lanes))
-        total_vector = None
-        for spot in spots:
-            weight = exp2(state.scores[g, spot] - shift, page_lanes)
-            T.buffer_store(state.scores, weight, [g, spot])
-            total_vector = weight if total_vector is None else T.Bind(total_vector + weight)
-        total_new = total[tuple(at)] * factor + horizontal_sum(total_vector, page_lanes)
-        T.buffer_store(total, total_new, at)
-        T.buffer_store(top, new, at)
-        T.buffer_store(state.factor, factor, [g])
-
-    def output_tile(
-        state: _State, partial: _Partial, pages: Any, number: Any, s: Any, h: Any, span: list[Any]
-    ) -> None:
-        """Emit out = out * factor + the sum over keys of weight * V, for all heads of the group."""
-        begin, end = span
-        with T.serial(group // tile) as t, T.serial(steps // width) as f:
-            acc = tile_buffers(tile, width, lanes)
-            for g, buffer in enumerate(acc):
-                factor = T.Bind(splat(state.factor[t * tile + g], lanes))
-                for w in range(width):
-                    at = vec((f * width + w) * lanes, lanes)
-                    old = partial.out[s, h * group + t * tile + g, at]
-                    T.buffer_store(buffer, old * factor, [vec(w * lanes, lanes)])
-            with T.serial(end - begin) as i:
-                lines = [
-                    T.Bind(pages[number, 1, h, begin + i, vec((f * width + w) * lanes, lanes)])
-                    for w in range(width)
-                ]
-                for g, buffer in enumerate(acc):
-                    weight = T.Bind(splat(state.scores[t * tile + g, begin + i], lanes))
-                    for w, line in enumerate(lines):
-                        spot = vec(w * lanes, lanes)
-                        T.buffer_store(buffer, buffer[spot] + weight * line, [spot])
-            for g, buffer in enumerate(acc):
-                for w in range(width):
-                    at = vec((f * width + w) * lanes, lanes)
-                    T.buffer_store(
-                        partial.out,
-                        buffer[vec(w * lanes, lanes)],
-                        [s, h * group + t * tile + g, at],
-                    )
-
-    @T.macro
-    def one_page(state, partial, pages, number, begin, end, s, h):
-        # Keys begin:end of the page.
-        for g, i in T.grid(group, page // page_lanes):
-            for v in T.vectorized(page_lanes):
-                state.scores[g, i * page_lanes + v] = T.float32(MASKED)
-        for i in T.serial((end - begin) // keys):
-            score_tile(state, pages, number, h, begin + i * keys, keys)
-        for i in T.serial((end - begin) % keys):
-            score_tile(state, pages, number, h, end - 1 - i, 1)
-        for g in T.serial(group):
-            weigh(state, g, partial.top, partial.total, [s, h * group + g])
-        output_tile(state, partial, pages, number, s, h, [begin, end])
-
-    @T.macro
-    def share(q, pages, page_values, page_begin, kv_len, low, start, stop, sm_scale, partial, b, s, h):
-        # Pages start:stop, and in them the keys low + 1 : kv_len; the result is number s.
-        state = I.meta_var(_State(shape))
-        scale: T.let[T.float32] = T.max(sm_scale, -sm_scale) * T.float32(LOG2_E)
-        for g, i in T.grid(group, steps):
-            for v in T.vectorized(lanes):
-                state.queries[g, i * lanes + v] = q[b, h * group + g, i * lanes + v] * scale
-                partial.out[s, h * group + g, i * lanes + v] = T.float32(0)
-        for g in T.serial(group):
-            partial.top[s, h * group + g] = T.float32(MASKED)
-            partial.total[s, h * group + g] = T.float32(0)
-        for i in T.serial(T.max(stop - start, 0)):
-            first: T.let[T.int32] = (start + i) * page
-            number: T.let[T.int64] = T.Cast("int64", page_values[page_begin + start + i])
-            one_page(
-                state, partial, pages, number,
-                T.max(low + 1 - first, 0), T.min(kv_len - first, page), s, h,
-            )
-
-    @T.macro
-    def merge(partial, begin, end, output, lse, b, head):
-        top = T.alloc_buffer((1,), "float32")
-        total = T.alloc_buffer((1,), "float32")
-        top[0] = T.float32(MASKED)
-        total[0] = T.float32(0)
-        for s in T.serial(begin, end):
-            top[0] = T.max(top[0], partial.top[s, head])
-        for i in T.serial(steps):
-            for v in T.vectorized(lanes):
-                output[b, head, i * lanes + v] = T.float32(0)
-        for s in T.serial(begin, end):
-            weight = I.meta_var(exp2(partial.top[s, head] - top[0], 1))
-            total[0] = total[0] + weight * partial.total[s, head]
-            for i in T.serial(steps):
-                for v in T.vectorized(lanes):
-                    output[b, head, i * lanes + v] = (
-                        output[b, head, i * lanes + v]
-                        + weight * partial.out[s, head, i * lanes + v]
-                    )
-        inverse: T.let[T.float32] = T.if_then_else(
-            total[0] > T.float32(0), T.float32(1) / total[0], T.float32(0)
-        )
-        for i in T.serial(steps):
-            for v in T.vectorized(lanes):
-                output[b, head, i * lanes + v] = output[b, head, i * lanes + v] * inverse
-        lse[b, head] = T.if_then_else(
-            total[0] > T.float32(0), top[0] + T.log2(total[0]), T.float32(MASKED)
-        )
+    page, window = shape.page_size, shape.window
+    share = _share(shape)
+    merge = _merge(shape)
 
     @T.prim_func(s_tir=True)
-    def decode(
+    def attention_decode_paged(
         q_h: T.handle,
         pages_h: T.handle,
         page_indptr_h: T.handle,
@@ -221,8 +253,8 @@ def attention_decode(shape: AttentionShape) -> Any:
         rope_scale: T.float32,
         rope_theta: T.float32,
         sm_scale: T.float32,
-    ):
-        T.func_attr({"tirx.is_scheduled": True, "tirx.noalias": True})
+    ) -> None:
+        T.func_attr(ATTRS)
         batch = T.int32()
         num_pages = T.int64()
         used_pages = T.int32()
@@ -248,7 +280,7 @@ def attention_decode(shape: AttentionShape) -> Any:
         low = T.alloc_buffer((batch,), "int32")
         kv_len = T.alloc_buffer((batch,), "int32")
         shares = T.alloc_buffer((batch + 1,), "int32")
-        partial = I.meta_var(_Partial(shape, used_pages * page // _SHARE + batch))
+        partial = T.meta_var(_Partial(shape, used_pages * page // _SHARE + batch))
         shares[0] = 0
         for b in T.serial(batch):
             count: T.let[T.int32] = page_indptr[b + 1] - page_indptr[b]
@@ -257,25 +289,37 @@ def attention_decode(shape: AttentionShape) -> Any:
             if window > 0:
                 if sm_scale < T.float32(0):
                     low[b] = T.max(position[b] - offset[b] - window, -1)
-            shares[b + 1] = shares[b] + T.max(kv_len[b] - low[b] - 1 + _SHARE - 1, 0) // _SHARE
+            shares[b + 1] = shares[b] + (T.max(kv_len[b] - low[b] - 1, 0) + _SHARE - 1) // _SHARE
         tasks: T.let[T.int32] = shares[batch] * kv_heads
         for task in T.parallel(tasks):
             sequence = T.alloc_buffer((1,), "int32")
+            span = T.alloc_buffer((2,), "int32")
             s: T.let[T.int32] = task // kv_heads
             sequence[0] = 0
             while shares[sequence[0] + 1] <= s:
                 sequence[0] = sequence[0] + 1
-            b: T.let[T.int32] = sequence[0]
-            begin: T.let[T.int32] = (low[b] + 1) // page
-            end: T.let[T.int32] = (kv_len[b] + page - 1) // page
-            many: T.let[T.int32] = shares[b + 1] - shares[b]
-            start: T.let[T.int32] = begin + (end - begin) * (s - shares[b]) // many
-            stop: T.let[T.int32] = begin + (end - begin) * (s - shares[b] + 1) // many
+            own: T.let[T.int32] = sequence[0]
+            begin: T.let[T.int32] = (low[own] + 1) // page
+            many: T.let[T.int32] = (kv_len[own] + page - 1) // page - begin
+            number: T.let[T.int32] = s - shares[own]
+            of: T.let[T.int32] = shares[own + 1] - shares[own]
+            span[0] = begin + many * number // of
+            span[1] = begin + many * (number + 1) // of
             share(
-                q, pages, page_values, page_indptr[b], kv_len[b], low[b], start, stop, sm_scale,
-                partial, b, s, task % kv_heads,
+                q,
+                sm_scale,
+                pages,
+                page_values,
+                page_indptr[own],
+                span,
+                low[own],
+                kv_len[own],
+                partial,
+                own,
+                s,
+                task % kv_heads,
             )
         for b, head in T.grid(batch, heads):
             merge(partial, shares[b], shares[b + 1], output, lse, b, head)
 
-    return decode
+    return attention_decode_paged

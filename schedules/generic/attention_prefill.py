@@ -2,17 +2,18 @@
 
 Flash attention with the query rows in the vector lanes: a row is one token and one of the query
 heads that share a key/value head. A task takes `AttentionShape.rows` rows, transposes their
-queries once, and walks over the keys in blocks: scores S[key][row] and outputs O[feature][row]
-are sums of a vector of rows times one broadcast scalar of K or V, so K and V are read as they lie
-and the softmax needs no sums across lanes.
+queries once, and walks over the keys in blocks. Scores [key][row] and outputs [feature][row] are
+sums of a vector of rows times one broadcast scalar of K or V, so K and V are read as they lie and
+the softmax needs no sum across lanes.
 """
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
-
-from tvm.script import ir as I
 
 from gqsa_compiler._tvm import T, tirx
 from gqsa_compiler.schedules.generic.attention_common import (
+    ATTRS,
     LOG2_E,
     MASKED,
     AttentionShape,
@@ -22,8 +23,27 @@ from gqsa_compiler.schedules.generic.attention_common import (
     vec,
 )
 
+# Given a block's first key: how to read K and V, each a scalar of (key in the block, feature).
+Scalar = Callable[[Any, Any], Any]
+Reader = Callable[[Any], tuple[Scalar, Scalar]]
+
 _RAGGED_BLOCK = 32  # keys of a block where no page sets it
-_FEATURES = 8  # features of an output tile
+_FEATURES = 8  # features of an output tile; every head_dim is a multiple
+_INT_MAX = 2**31 - 1
+
+
+@dataclass(frozen=True)
+class _Operands:
+    """The arguments that both kernels have."""
+
+    q: Any
+    q_indptr: Any
+    position: Any
+    offset: Any
+    output: Any
+    lse: Any
+    causal: Any
+    sm_scale: Any
 
 
 class _State:
@@ -37,11 +57,222 @@ class _State:
         # A row sees the keys low < key <= high.
         self.low = T.alloc_buffer((rows,), "int32")
         self.high = T.alloc_buffer((rows,), "int32")
+        # Of all rows: lowest low, highest low, lowest high, highest high.
         self.bounds = T.alloc_buffer((4,), "int32")
         # Running maximum of the scores, sum of exponentials, and the last block's rescaling.
         self.top = T.alloc_buffer((rows,), "float32")
         self.total = T.alloc_buffer((rows,), "float32")
         self.factor = T.alloc_buffer((rows,), "float32")
+
+
+class _Tiles:
+    """The vector code of a block of keys; every method emits statements."""
+
+    def __init__(self, shape: AttentionShape) -> None:
+        self.shape = shape
+        self.lanes = shape.lanes
+        self.columns = [vec(i * shape.lanes, shape.lanes) for i in range(shape.row_vectors)]
+        self.whole = vec(0, shape.lanes)
+
+    def _buffers(self, vectors: int) -> list[Any]:
+        return tile_buffers(self.shape.row_vectors, vectors, self.lanes)
+
+    def _at(self, i: int) -> Any:
+        return vec(i * self.lanes, self.lanes)
+
+    def _accumulate(self, acc: list[Any], left: Any, line: Any, scalars: list[Any]) -> None:
+        """acc[i] += left[line] * scalars[i], for every row vector."""
+        vectors = [T.Bind(left[line, column]) for column in self.columns]
+        for i, scalar in enumerate(scalars):
+            value = T.Bind(splat(scalar, self.lanes))
+            for buffer, vector in zip(acc, vectors, strict=True):
+                T.buffer_store(buffer, buffer[self._at(i)] + vector * value, [self._at(i)])
+
+    def scores(self, state: _State, j: Any, count: int, key: Scalar) -> None:
+        """Scores of `count` keys from j on."""
+        acc = self._buffers(count)
+        for i in range(count):
+            for buffer in acc:
+                T.buffer_store(buffer, splat(T.float32(0), self.lanes), [self._at(i)])
+        with T.serial(self.shape.head_dim) as d:
+            self._accumulate(acc, state.queries, d, [key(j + i, d) for i in range(count)])
+        for i in range(count):
+            for buffer, column in zip(acc, self.columns, strict=True):
+                T.buffer_store(state.scores, buffer[self._at(i)], [j + i, column])
+
+    def mask(self, state: _State, j: Any, key: Any) -> None:
+        """Rows that do not see `key`, number j of its block, get the score MASKED."""
+        keys = splat(key, self.lanes)
+        for column in self.columns:
+            seen = tirx.And(state.low[column] < keys, keys <= state.high[column])
+            masked = splat(T.float32(MASKED), self.lanes)
+            T.buffer_store(
+                state.scores, T.Select(seen, state.scores[j, column], masked), [j, column]
+            )
+
+    def new_maximum(self, state: _State, count: Any) -> None:
+        """Raise top to the scores; the old top is left in factor."""
+        running = self._buffers(1)
+        for buffer, column in zip(running, self.columns, strict=True):
+            T.buffer_store(state.factor, state.top[column], [column])
+            T.buffer_store(buffer, state.top[column], [self.whole])
+        with T.serial(count) as j:
+            for buffer, column in zip(running, self.columns, strict=True):
+                bigger = T.max(buffer[self.whole], state.scores[j, column])
+                T.buffer_store(buffer, bigger, [self.whole])
+        for buffer, column in zip(running, self.columns, strict=True):
+            T.buffer_store(state.top, buffer[self.whole], [column])
+
+    def weights(self, state: _State, count: Any) -> None:
+        """Emit scores = exp2(scores - top), factor = exp2(old top - top), and total."""
+        sums = self._buffers(1)
+        tops = [T.Bind(state.top[column]) for column in self.columns]
+        for buffer, column, top in zip(sums, self.columns, tops, strict=True):
+            factor = exp2(state.factor[column] - top, self.lanes)
+            T.buffer_store(state.factor, factor, [column])
+            T.buffer_store(buffer, state.total[column] * factor, [self.whole])
+        with T.serial(count) as j:
+            for buffer, column, top in zip(sums, self.columns, tops, strict=True):
+                weight = exp2(state.scores[j, column] - top, self.lanes)
+                T.buffer_store(state.scores, weight, [j, column])
+                T.buffer_store(buffer, buffer[self.whole] + weight, [self.whole])
+        for buffer, column in zip(sums, self.columns, strict=True):
+            T.buffer_store(state.total, buffer[self.whole], [column])
+
+    def outputs(self, state: _State, d: Any, count: Any, value: Scalar) -> None:
+        """out[d : d + 8] = out * factor + the sum over keys of weight * V."""
+        acc = self._buffers(_FEATURES)
+        for buffer, column in zip(acc, self.columns, strict=True):
+            factor = T.Bind(state.factor[column])
+            for i in range(_FEATURES):
+                T.buffer_store(buffer, state.out[d + i, column] * factor, [self._at(i)])
+        with T.serial(count) as j:
+            self._accumulate(acc, state.scores, j, [value(j, d + i) for i in range(_FEATURES)])
+        for i in range(_FEATURES):
+            for buffer, column in zip(acc, self.columns, strict=True):
+                T.buffer_store(state.out, buffer[self._at(i)], [d + i, column])
+
+
+def _paged_reader(pages: Any, page_values: Any, page_begin: Any, h: Any, block: int) -> Reader:
+    def read(first: Any) -> tuple[Scalar, Scalar]:
+        page = T.Bind(T.Cast("int64", page_values[page_begin + first // block]))
+        return lambda j, d: pages[page, 0, h, j, d], lambda j, d: pages[page, 1, h, j, d]
+
+    return read
+
+
+def _ragged_reader(k: Any, v: Any, kv_begin: Any, h: Any) -> Reader:
+    def read(first: Any) -> tuple[Scalar, Scalar]:
+        begin = T.Bind(kv_begin + first)
+        return lambda j, d: k[begin + j, h, d], lambda j, d: v[begin + j, h, d]
+
+    return read
+
+
+def _attend(shape: AttentionShape, block: int) -> tuple[Any, Any, Any]:
+    """Return the macros that count a batch's tiles of rows, find one, and compute it."""
+    dim, group, rows = shape.head_dim, shape.group, shape.rows
+    window, key_tile = shape.window, shape.key_tile
+    tiles = _Tiles(shape)
+
+    @T.macro
+    def count_tiles(q_indptr: Any, batch: Any, count: Any) -> None:
+        count[0] = 0
+        for b in T.serial(batch):
+            count[0] = count[0] + ((q_indptr[b + 1] - q_indptr[b]) * group + rows - 1) // rows
+
+    @T.macro
+    def find_tile(q_indptr: Any, batch: Any, number: Any, place: Any) -> None:
+        # place = (sequence, the tile's first row in it, tiles of the sequences before).
+        place[2] = 0
+        for b in T.serial(batch):
+            own: T.let[T.int32] = ((q_indptr[b + 1] - q_indptr[b]) * group + rows - 1) // rows
+            if number >= place[2] and number < place[2] + own:
+                place[0] = b
+                place[1] = (number - place[2]) * rows
+            place[2] = place[2] + own
+
+    @T.macro
+    def load_rows(
+        args: Any, state: Any, begin: Any, base: Any, row0: Any, last: Any, h: Any, kv_len: Any
+    ) -> None:
+        scale: T.let[T.float32] = T.max(args.sm_scale, -args.sm_scale) * T.float32(LOG2_E)
+        state.bounds[0] = T.int32(_INT_MAX)
+        state.bounds[1] = T.int32(-_INT_MAX)
+        state.bounds[2] = T.int32(_INT_MAX)
+        state.bounds[3] = T.int32(-_INT_MAX)
+        for r in T.serial(rows):
+            # Rows past the end repeat the last one; they are not stored.
+            row: T.let[T.int32] = T.min(row0 + r, last)
+            token: T.let[T.int32] = begin + row // group
+            head: T.let[T.int32] = h * group + row % group
+            at: T.let[T.int32] = args.position[token] - base
+            for d in T.serial(dim):
+                state.queries[d, r] = args.q[token, head, d] * scale
+            state.high[r] = T.min(kv_len - 1, T.if_then_else(args.causal > 0, at, kv_len))
+            state.low[r] = T.int32(-1)
+            if window > 0:
+                if args.sm_scale < T.float32(0):
+                    state.low[r] = at - window
+            state.bounds[0] = T.min(state.bounds[0], state.low[r])
+            state.bounds[1] = T.max(state.bounds[1], state.low[r])
+            state.bounds[2] = T.min(state.bounds[2], state.high[r])
+            state.bounds[3] = T.max(state.bounds[3], state.high[r])
+        for r in T.vectorized(rows):
+            state.top[r] = T.float32(MASKED)
+            state.total[r] = T.float32(0)
+        for d in T.serial(dim):
+            for r in T.vectorized(rows):
+                state.out[d, r] = T.float32(0)
+
+    @T.macro
+    def key_block(state: Any, first: Any, count: Any, key: Any, value: Any) -> None:
+        # Whole tiles of scores, then one key at a time.
+        for t in T.serial(count // key_tile):
+            tiles.scores(state, t * key_tile, key_tile, key)
+        for t in T.serial(count % key_tile):
+            tiles.scores(state, count // key_tile * key_tile + t, 1, key)
+        if first + count - 1 > state.bounds[2] or first <= state.bounds[1]:
+            for j in T.serial(count):
+                tiles.mask(state, j, first + j)
+        tiles.new_maximum(state, count)
+        tiles.weights(state, count)
+        for t in T.serial(dim // _FEATURES):
+            tiles.outputs(state, t * _FEATURES, count, value)
+
+    @T.macro
+    def store_rows(args: Any, state: Any, begin: Any, row0: Any, last: Any, h: Any) -> None:
+        for r in T.serial(T.min(rows, last + 1 - row0)):
+            token: T.let[T.int32] = begin + (row0 + r) // group
+            head: T.let[T.int32] = h * group + (row0 + r) % group
+            inverse: T.let[T.float32] = T.if_then_else(
+                state.total[r] > T.float32(0), T.float32(1) / state.total[r], T.float32(0)
+            )
+            for d in T.serial(dim):
+                args.output[token, head, d] = state.out[d, r] * inverse
+            args.lse[token, head] = T.if_then_else(
+                state.total[r] > T.float32(0),
+                state.top[r] + T.log2(state.total[r]),
+                T.float32(MASKED),
+            )
+
+    @T.macro
+    def attend(args: Any, place: Any, h: Any, kv_len: Any, read: Any) -> None:
+        state = T.meta_var(_State(shape, block))
+        b: T.let[T.int32] = place[0]
+        row0: T.let[T.int32] = place[1]
+        begin: T.let[T.int32] = args.q_indptr[b]
+        last: T.let[T.int32] = (args.q_indptr[b + 1] - begin) * group - 1
+        load_rows(args, state, begin, args.offset[b], row0, last, h, kv_len)
+        start: T.let[T.int32] = T.max(state.bounds[0] + 1, 0) // block
+        stop: T.let[T.int32] = T.max((state.bounds[3] + block) // block, start)
+        for step in T.serial(stop - start):
+            first: T.let[T.int32] = (start + step) * block
+            reader = T.meta_var(read(first))
+            key_block(state, first, T.min(block, kv_len - first), reader[0], reader[1])
+        store_rows(args, state, begin, row0, last, h)
+
+    return count_tiles, find_tile, attend
 
 
 def attention_prefill(shape: AttentionShape, paged: bool) -> Any:
@@ -57,207 +288,21 @@ def attention_prefill(shape: AttentionShape, paged: bool) -> Any:
     -------
     PrimFunc
         With the arguments that the runtime gives (``TIRPagedPrefillFunc``,
-        ``TIRRaggedPrefillFunc``). Writes the output float32 [n, Hq, D] and, as log2, the sum of
-        exponentials float32 [n, Hq] by which the results of several calls are merged; a query
-        that sees no key gets lse -1e30. A negative ``sm_scale`` means -``sm_scale`` and the sliding
-        window of `shape`. RoPE inside attention (``rotary_mode``) is not supported and ignored:
-        the cache is made with mode NONE.
+        ``TIRRaggedPrefillFunc``). Writes the output float32 [n, Hq, D] and ``lse`` float32
+        [n, Hq], the log2 of the sum of exponentials, by which the results of several calls are
+        merged; a query that sees no key gets output 0 and lse -1e30. A negative ``sm_scale`` means
+        -``sm_scale`` and the sliding window of `shape`. ``rotary_mode`` is not looked at: the cache
+        is made with mode NONE.
     """
+    return _paged(shape) if paged else _ragged(shape)
+
+
+def _ragged(shape: AttentionShape) -> Any:
     heads, kv_heads, dim = shape.num_heads, shape.num_kv_heads, shape.head_dim
-    group, rows, lanes = shape.group, shape.rows, shape.lanes
-    window = shape.window
-    block = shape.page_size if paged else _RAGGED_BLOCK
-    tile = shape.key_tile
-    page = shape.page_size
-
-    columns = [vec(i * lanes, lanes) for i in range(shape.row_vectors)]
-    whole = vec(0, lanes)
-
-    def accumulate(acc: list[Any], left: Any, line: Any, scalars: list[Any]) -> None:
-        """Emit acc[i] += left[line] * scalars[i] for every row vector."""
-        vectors = [T.Bind(left[line, at]) for at in columns]
-        for i, scalar in enumerate(scalars):
-            value = T.Bind(splat(scalar, lanes))
-            at = vec(i * lanes, lanes)
-            for r, vector in enumerate(vectors):
-                T.buffer_store(acc[r], acc[r][at] + vector * value, [at])
-
-    def score_tile(state: _State, j: Any, count: int, key: Any) -> None:
-        """Emit the scores of `count` keys from j on; key(j, d) is a scalar of K."""
-        acc = tile_buffers(shape.row_vectors, count, lanes)
-        for i in range(count):
-            for buffer in acc:
-                T.buffer_store(buffer, splat(T.float32(0), lanes), [vec(i * lanes, lanes)])
-        with T.serial(dim) as d:
-            accumulate(acc, state.queries, d, [key(j + i, d) for i in range(count)])
-        for i in range(count):
-            for buffer, at in zip(acc, columns, strict=True):
-                T.buffer_store(state.scores, buffer[vec(i * lanes, lanes)], [j + i, at])
-
-    def output_tile(state: _State, d: Any, count: Any, value: Any) -> None:
-        """Emit out[d : d + 8] = out * factor + the sum over keys of weight * value(j, d)."""
-        acc = tile_buffers(shape.row_vectors, _FEATURES, lanes)
-        for buffer, at in zip(acc, columns, strict=True):
-            factor = T.Bind(state.factor[at])
-            for i in range(_FEATURES):
-                T.buffer_store(buffer, state.out[d + i, at] * factor, [vec(i * lanes, lanes)])
-        with T.serial(count) as j:
-            accumulate(acc, state.scores, j, [value(j, d + i) for i in range(_FEATURES)])
-        for i in range(_FEATURES):
-            for buffer, at in zip(acc, columns, strict=True):
-                T.buffer_store(state.out, buffer[vec(i * lanes, lanes)], [d + i, at])
-
-    def mask_key(state: _State, j: Any, key: Any) -> None:
-        """Emit: rows that do not see `key` get the score MASKED."""
-        for at in columns:
-            keys = splat(key, lanes)
-            seen = tirx.And(state.low[at] < keys, keys <= state.high[at])
-            masked = T.Select(seen, state.scores[j, at], splat(T.float32(MASKED), lanes))
-            T.buffer_store(state.scores, masked, [j, at])
-
-    def new_maximum(state: _State, count: Any) -> None:
-        """Emit top = max(top, scores); the old one is kept in factor."""
-        running = tile_buffers(shape.row_vectors, 1, lanes)
-        for buffer, at in zip(running, columns, strict=True):
-            T.buffer_store(state.factor, state.top[at], [at])
-            T.buffer_store(buffer, state.top[at], [whole])
-        with T.serial(count) as j:
-            for buffer, at in zip(running, columns, strict=True):
-                T.buffer_store(buffer, T.max(buffer[whole], state.scores[j, at]), [whole])
-        for buffer, at in zip(running, columns, strict=True):
-            T.buffer_store(state.top, buffer[whole], [at])
-
-    def weigh(state: _State, count: Any) -> None:
-        """Emit factor = exp2(factor - top), scores = exp2(scores - top), and the new total."""
-        sums = tile_buffers(shape.row_vectors, 1, lanes)
-        tops = [T.Bind(state.top[at]) for at in columns]
-        for r, at in enumerate(columns):
-            factor = exp2(state.factor[at] - tops[r], lanes)
-            T.buffer_store(state.factor, factor, [at])
-            T.buffer_store(sums[r], state.total[at] * factor, [whole])
-        with T.serial(count) as j:
-            for r, at in enumerate(columns):
-                weight = exp2(state.scores[j, at] - tops[r], lanes)
-                T.buffer_store(state.scores, weight, [j, at])
-                T.buffer_store(sums[r], sums[r][whole] + weight, [whole])
-        for r, at in enumerate(columns):
-            T.buffer_store(state.total, sums[r][whole], [at])
-
-    def paged_reader(pages: Any, page_values: Any, page_begin: Any, h: Any) -> Any:
-        def open_block(first: Any) -> Any:
-            page = T.Bind(T.Cast("int64", page_values[page_begin + first // block]))
-            return (
-                lambda j, d: pages[page, 0, h, j, d],
-                lambda j, d: pages[page, 1, h, j, d],
-            )
-
-        return open_block
-
-    def ragged_reader(k: Any, v: Any, kv_begin: Any, h: Any) -> Any:
-        def open_block(first: Any) -> Any:
-            begin = T.Bind(kv_begin + first)
-            return lambda j, d: k[begin + j, h, d], lambda j, d: v[begin + j, h, d]
-
-        return open_block
-
-    @T.macro
-    def find_tile(q_indptr, batch, number, place):
-        # place = (sequence, its first row of the tile, tiles before the sequence)
-        place[2] = 0
-        for b in T.serial(batch):
-            tiles: T.let[T.int32] = ((q_indptr[b + 1] - q_indptr[b]) * group + rows - 1) // rows
-            if number >= place[2] and number < place[2] + tiles:
-                place[0] = b
-                place[1] = (number - place[2]) * rows
-            place[2] = place[2] + tiles
-
-    @T.macro
-    def count_tiles(q_indptr, batch, tiles):
-        tiles[0] = 0
-        for b in T.serial(batch):
-            tiles[0] = tiles[0] + ((q_indptr[b + 1] - q_indptr[b]) * group + rows - 1) // rows
-
-    @T.macro
-    def load_rows(q, position, begin, base, row0, all_rows, h, kv_len, causal, sm_scale, state):
-        # bounds: lowest low, highest low, lowest high, highest high of the rows.
-        scale: T.let[T.float32] = T.max(sm_scale, -sm_scale) * T.float32(LOG2_E)
-        state.bounds[0] = T.int32(2147483647)
-        state.bounds[1] = T.int32(-2147483647)
-        state.bounds[2] = T.int32(2147483647)
-        state.bounds[3] = T.int32(-2147483647)
-        for r in T.serial(rows):
-            # Rows past the end repeat the last one; they are not stored.
-            row: T.let[T.int32] = T.min(row0 + r, all_rows - 1)
-            token: T.let[T.int32] = begin + row // group
-            head: T.let[T.int32] = h * group + row % group
-            at: T.let[T.int32] = position[token] - base
-            for d in T.serial(dim):
-                state.queries[d, r] = q[token, head, d] * scale
-            state.high[r] = T.min(kv_len - 1, T.if_then_else(causal > 0, at, kv_len))
-            if window > 0:
-                state.low[r] = T.if_then_else(sm_scale < T.float32(0), at - window, T.int32(-1))
-            else:
-                state.low[r] = T.int32(-1)
-            state.bounds[0] = T.min(state.bounds[0], state.low[r])
-            state.bounds[1] = T.max(state.bounds[1], state.low[r])
-            state.bounds[2] = T.min(state.bounds[2], state.high[r])
-            state.bounds[3] = T.max(state.bounds[3], state.high[r])
-        for r in T.vectorized(rows):
-            state.top[r] = T.float32(MASKED)
-            state.total[r] = T.float32(0)
-        for d in T.serial(dim):
-            for r in T.vectorized(rows):
-                state.out[d, r] = T.float32(0)
-
-    @T.macro
-    def key_block(first, count, key, value, state):
-        # Scores of the block's keys: whole tiles, then one key at a time.
-        for t in T.serial(count // tile):
-            score_tile(state, t * tile, tile, key)
-        for t in T.serial(count % tile):
-            score_tile(state, count // tile * tile + t, 1, key)
-        if first + count - 1 > state.bounds[2] or first <= state.bounds[1]:
-            for j in T.serial(count):
-                mask_key(state, j, first + j)
-        new_maximum(state, count)
-        weigh(state, count)
-        for t in T.serial(dim // _FEATURES):
-            output_tile(state, t * _FEATURES, count, value)
-
-    @T.macro
-    def store_rows(output, lse, begin, row0, all_rows, h, state):
-        for r in T.serial(T.min(rows, all_rows - row0)):
-            token: T.let[T.int32] = begin + (row0 + r) // group
-            head: T.let[T.int32] = h * group + (row0 + r) % group
-            inverse: T.let[T.float32] = T.if_then_else(
-                state.total[r] > T.float32(0), T.float32(1) / state.total[r], T.float32(0)
-            )
-            for d in T.serial(dim):
-                output[token, head, d] = state.out[d, r] * inverse
-            lse[token, head] = T.if_then_else(
-                state.total[r] > T.float32(0),
-                state.top[r] + T.log2(state.total[r]),
-                T.float32(MASKED),
-            )
-
-    @T.macro
-    def attend(q, q_indptr, position, offset, output, lse, place, h, kv_len, causal, sm_scale, read):
-        state = I.meta_var(_State(shape, block))
-        b: T.let[T.int32] = place[0]
-        row0: T.let[T.int32] = place[1]
-        begin: T.let[T.int32] = q_indptr[b]
-        all_rows: T.let[T.int32] = (q_indptr[b + 1] - begin) * group
-        load_rows(q, position, begin, offset[b], row0, all_rows, h, kv_len, causal, sm_scale, state)
-        start: T.let[T.int32] = T.max(state.bounds[0] + 1, 0) // block
-        stop: T.let[T.int32] = T.max((state.bounds[3] + block) // block, start)
-        for step in T.serial(stop - start):
-            first: T.let[T.int32] = (start + step) * block
-            reader = I.meta_var(read(first))
-            key_block(first, T.min(block, kv_len - first), reader[0], reader[1], state)
-        store_rows(output, lse, begin, row0, all_rows, h, state)
+    count_tiles, find_tile, attend = _attend(shape, _RAGGED_BLOCK)
 
     @T.prim_func(s_tir=True)
-    def ragged(
+    def attention_prefill_ragged(
         q_h: T.handle,
         q_indptr_h: T.handle,
         k_h: T.handle,
@@ -272,43 +317,56 @@ def attention_prefill(shape: AttentionShape, paged: bool) -> Any:
         rope_scale: T.float32,
         rope_theta: T.float32,
         sm_scale: T.float32,
-    ):
-        T.func_attr({"tirx.is_scheduled": True, "tirx.noalias": True})
+    ) -> None:
+        T.func_attr(ATTRS)
         batch = T.int32()
-        qo_len = T.int32()
+        tokens = T.int32()
         kv_total = T.int32()
         q_indptr_at = T.int32()
         kv_indptr_at = T.int32()
         position_at = T.int32()
         offset_at = T.int32()
-        q = T.match_buffer(q_h, (qo_len, heads, dim), "float32")
+        q = T.match_buffer(q_h, (tokens, heads, dim), "float32")
         q_indptr = T.match_buffer(q_indptr_h, (batch + 1,), "int32", elem_offset=q_indptr_at)
         k = T.match_buffer(k_h, (kv_total, kv_heads, dim), "float32")
         v = T.match_buffer(v_h, (kv_total, kv_heads, dim), "float32")
         kv_indptr = T.match_buffer(kv_indptr_h, (batch + 1,), "int32", elem_offset=kv_indptr_at)
-        position = T.match_buffer(position_h, (qo_len,), "int32", elem_offset=position_at)
+        position = T.match_buffer(position_h, (tokens,), "int32", elem_offset=position_at)
         offset = T.match_buffer(offset_h, (batch,), "int32", elem_offset=offset_at)
-        output = T.match_buffer(output_h, (qo_len, heads, dim), "float32")
-        lse = T.match_buffer(lse_h, (qo_len, heads), "float32")
+        output = T.match_buffer(output_h, (tokens, heads, dim), "float32")
+        lse = T.match_buffer(lse_h, (tokens, heads), "float32")
+        args = T.meta_var(_Operands(q, q_indptr, position, offset, output, lse, causal, sm_scale))
         tiles = T.alloc_buffer((1,), "int32")
         count_tiles(q_indptr, batch, tiles)
         total: T.let[T.int32] = tiles[0]
         for task in T.parallel(total * kv_heads):
             place = T.alloc_buffer((3,), "int32")
             h: T.let[T.int32] = task // total
-            zig: T.let[T.int32] = task % total
             # First, last, second, ...: every thread's share has early (short) and late rows.
-            number: T.let[T.int32] = T.if_then_else(zig % 2 == 0, zig // 2, total - 1 - zig // 2)
+            zigzag: T.let[T.int32] = task % total
+            number: T.let[T.int32] = T.if_then_else(
+                zigzag % 2 == 0, zigzag // 2, total - 1 - zigzag // 2
+            )
             find_tile(q_indptr, batch, number, place)
             kv_begin: T.let[T.int32] = kv_indptr[place[0]]
             kv_len: T.let[T.int32] = kv_indptr[place[0] + 1] - kv_begin
-            read = I.meta_var(ragged_reader(k, v, kv_begin, h))
-            attend(
-                q, q_indptr, position, offset, output, lse, place, h, kv_len, causal, sm_scale, read
-            )
+            read = T.meta_var(_ragged_reader(k, v, kv_begin, h))
+            attend(args, place, h, kv_len, read)
+
+    return attention_prefill_ragged
+
+
+def _paged(shape: AttentionShape) -> Any:
+    heads, kv_heads, dim, page = (
+        shape.num_heads,
+        shape.num_kv_heads,
+        shape.head_dim,
+        shape.page_size,
+    )
+    count_tiles, find_tile, attend = _attend(shape, page)
 
     @T.prim_func(s_tir=True)
-    def paged_kernel(
+    def attention_prefill_paged(
         q_h: T.handle,
         q_indptr_h: T.handle,
         pages_h: T.handle,
@@ -324,10 +382,10 @@ def attention_prefill(shape: AttentionShape, paged: bool) -> Any:
         rope_scale: T.float32,
         rope_theta: T.float32,
         sm_scale: T.float32,
-    ):
-        T.func_attr({"tirx.is_scheduled": True, "tirx.noalias": True})
+    ) -> None:
+        T.func_attr(ATTRS)
         batch = T.int32()
-        qo_len = T.int32()
+        tokens = T.int32()
         num_pages = T.int64()
         used_pages = T.int32()
         q_indptr_at = T.int32()
@@ -336,7 +394,7 @@ def attention_prefill(shape: AttentionShape, paged: bool) -> Any:
         length_at = T.int32()
         position_at = T.int32()
         offset_at = T.int32()
-        q = T.match_buffer(q_h, (qo_len, heads, dim), "float32")
+        q = T.match_buffer(q_h, (tokens, heads, dim), "float32")
         q_indptr = T.match_buffer(q_indptr_h, (batch + 1,), "int32", elem_offset=q_indptr_at)
         pages = T.match_buffer(pages_h, (num_pages, 2, kv_heads, page, dim), "float32")
         page_indptr = T.match_buffer(
@@ -347,9 +405,10 @@ def attention_prefill(shape: AttentionShape, paged: bool) -> Any:
         )
         length = T.match_buffer(length_h, (batch,), "int32", elem_offset=length_at)
         offset = T.match_buffer(offset_h, (batch,), "int32", elem_offset=offset_at)
-        position = T.match_buffer(position_h, (qo_len,), "int32", elem_offset=position_at)
-        output = T.match_buffer(output_h, (qo_len, heads, dim), "float32")
-        lse = T.match_buffer(lse_h, (qo_len, heads), "float32")
+        position = T.match_buffer(position_h, (tokens,), "int32", elem_offset=position_at)
+        output = T.match_buffer(output_h, (tokens, heads, dim), "float32")
+        lse = T.match_buffer(lse_h, (tokens, heads), "float32")
+        args = T.meta_var(_Operands(q, q_indptr, position, offset, output, lse, causal, sm_scale))
         tiles = T.alloc_buffer((1,), "int32")
         count_tiles(q_indptr, batch, tiles)
         total: T.let[T.int32] = tiles[0]
@@ -362,9 +421,7 @@ def attention_prefill(shape: AttentionShape, paged: bool) -> Any:
             kv_len: T.let[T.int32] = T.if_then_else(
                 page_count > 0, (page_count - 1) * page + length[place[0]], 0
             )
-            read = I.meta_var(paged_reader(pages, page_values, page_begin, h))
-            attend(
-                q, q_indptr, position, offset, output, lse, place, h, kv_len, causal, sm_scale, read
-            )
+            read = T.meta_var(_paged_reader(pages, page_values, page_begin, h, page))
+            attend(args, place, h, kv_len, read)
 
-    return paged_kernel if paged else ragged
+    return attention_prefill_paged

@@ -92,17 +92,16 @@ class GenericBsrInt4(ScheduleRule[GenericConfig]):
                         units(inputs, task, int64(0), 1)
                 with B.Else():
                     plan = TilePlan.of(args.tokens, config.tiles)
-                    inputs = prepare_tiles(
-                        spec, args.x, args.norm, plan, args.tokens, config.lanes
-                    )
+                    inputs = prepare_tiles(spec, args.x, args.norm, plan, args.tokens, config.lanes)
                     with B.parallel(int64(0), int64(config.tasks)) as task:
                         with B.serial(int64(0), plan.full) as i:
                             units(inputs, task, B.bind(i * int64(plan.big)), plan.big)
                         for below, tile in zip((0, *plan.sizes), plan.sizes[:-1], strict=False):
-                            wanted = B.And(
-                                plan.rest > int64(below), plan.rest <= int64(tile)
-                            )
+                            wanted = B.And(plan.rest > int64(below), plan.rest <= int64(tile))
                             with B.If(wanted), B.Then():
                                 units(inputs, task, plan.start, tile)
 
-        return kernel(spec, self.params(spec, config), body)
+        # `code_key` leaves the number of groups out, so their tensors have any length.
+        full = BsrLayout.of(spec, config).full
+        open_extents = frozenset() if full else frozenset({"codes", "scales", "meta"})
+        return kernel(spec, self.params(spec, config), body, open_extents=open_extents)

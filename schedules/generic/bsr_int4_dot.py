@@ -28,8 +28,8 @@ from gqsa_compiler.schedules.spec import LinearSpec
 
 CHAINS = 4
 """Independent sums kept for a single token, to hide the latency of the fused multiply-add."""
-MOST_UNROLLED = 8
-"""Vectors of a large group that are unrolled; beyond, a loop."""
+MOST_UNROLLED = 32
+"""Multiply-adds of a large group (vectors times tokens) that are unrolled; beyond, a loop."""
 
 
 @dataclass(frozen=True)
@@ -55,12 +55,16 @@ class Weights:
             B.bind(int64(load(self.row_starts, row + int64(1)))),
         )
 
-    def column(self, group: Expr, first: Expr) -> Expr:
-        """Emit the column group of a stored group, int64."""
+    def block_columns(self, group: Expr, first: Expr) -> Expr:
+        """Emit the column groups of `BLOCK` stored groups, int32; `first` is their row's first."""
         if self.layout.full or self.meta is None:
-            return B.bind(group - first)
-        index = int64(load(self.meta, group))
-        return B.bind(B.shift_right(index, int64(self.layout.meta_shift)))
+            # Beyond the row's end, where the scale is zero, any column will do.
+            groups = self.spec.k // self.spec.group_size
+            columns = B.ramp(B.Cast("int32", group - first), 1, BLOCK)
+            return B.min(columns, broadcast(const(groups - 1, "int32"), BLOCK))
+        meta = load(self.meta, group, lanes=BLOCK)
+        shift = broadcast(const(self.layout.meta_shift, self.layout.meta or ""), BLOCK)
+        return cast("int32", B.shift_right(meta, shift), BLOCK)
 
     def block_scales(self, group: Expr) -> Expr:
         """Emit the scales of `BLOCK` groups as float32."""
@@ -94,34 +98,39 @@ def row_sums(
         store(totals, broadcast(const(0.0, "float32"), width), i * width, lanes=width)
     tile_base = B.bind(token * int64(weights.spec.k))
     first, last = weights.row(row)
-    scales, shifts = local(BLOCK), local(BLOCK)
+    scales, shifts, columns = local(BLOCK), local(BLOCK), local(BLOCK, "int32")
 
-    def decode_block(start: Expr) -> None:
+    # A single token leaves no other work to hide latencies, so several groups are in flight. What
+    # that reads beyond the row's end, the next row's groups, counts with a scale of zero.
+    unroll = max(1, CHAINS * width // weights.spec.group_size) if tile == 1 else 1
+
+    def decode_block(start: Expr, count: Expr) -> None:
         factor = weights.block_scales(start)
+        if unroll > 1:
+            inside = B.ramp(const(0, "int32"), 1, BLOCK) < broadcast(B.Cast("int32", count), BLOCK)
+            factor = B.bind(B.Select(inside, factor, broadcast(const(0.0, "float32"), BLOCK)))
         store(scales, factor, 0, lanes=BLOCK)
         if weights.spec.activation_dtype == "float32":
             shift = (broadcast(const(0.0, "float32"), BLOCK) - factor) * weights.block_zeros(start)
             store(shifts, shift, 0, lanes=BLOCK)
+        # Ready-made offsets: left to itself, LLVM computes them as vectors and takes those apart.
+        stride = broadcast(const(tile * weights.spec.group_size, "int32"), BLOCK)
+        store(columns, weights.block_columns(start, first) * stride, 0, lanes=BLOCK)
 
     def one(start: Expr, i: Expr, chain: int) -> None:
         group = B.bind(start + i)
-        column = weights.column(group, first)
+        base = B.bind(tile_base + int64(load(columns, i)))
         factors = (load(scales, i), load(shifts, i))
-        group_body(weights, inputs, group, tile_base, column, factors, tile, totals, chain)
+        group_body(weights, inputs, group, base, factors, tile, totals, chain)
 
-    unroll = max(1, CHAINS * width // weights.spec.group_size) if tile == 1 else 1
-    blocks = B.bind(B.floordiv(last - first, int64(BLOCK)))
+    blocks = B.bind(B.floordiv(last - first + int64(BLOCK - 1), int64(BLOCK)))
     with B.serial(int64(0), blocks) as block:
         start = B.bind(first + block * int64(BLOCK))
-        decode_block(start)
-        with B.serial(int64(0), int64(BLOCK // unroll)) as i:
+        count = B.bind(B.min(int64(BLOCK), last - start))
+        decode_block(start, count)
+        with B.serial(int64(0), B.floordiv(count + int64(unroll - 1), int64(unroll))) as i:
             for u in range(unroll):
                 one(start, i * int64(unroll) + int64(u), u)
-    start = B.bind(first + blocks * int64(BLOCK))
-    with B.If(start < last), B.Then():
-        decode_block(start)
-        with B.serial(int64(0), last - start) as i:
-            one(start, i, 0)
     _reduce(totals, chains, tile, width, sums, at)
 
 
@@ -143,9 +152,9 @@ def _accumulate(totals: Buffer, slot: int, width: int, a: Expr, b: Expr) -> None
     store(totals, fma(a, b, load(totals, at, lanes=width)), at, lanes=width)
 
 
-def _chunks(count: int, body: Callable[[Expr, int], None]) -> None:
+def _chunks(count: int, tile: int, body: Callable[[Expr, int], None]) -> None:
     """Run ``body(base, i)`` for chunk ``base + i`` of `count`: unrolled, in a loop if many."""
-    inner = min(count, MOST_UNROLLED)
+    inner = min(count, 8, max(1, MOST_UNROLLED // tile))
     if inner == count:
         for i in range(count):
             body(int64(0), i)
@@ -160,8 +169,7 @@ def _float_group(
     weights: Weights,
     inputs: Inputs,
     group: Expr,
-    tile_base: Expr,
-    column: Expr,
+    base: Expr,
     factors: tuple[Expr, Expr],
     tile: int,
     totals: Buffer,
@@ -172,7 +180,6 @@ def _float_group(
     scale = B.bind(broadcast(factors[0], width))
     shift = B.bind(broadcast(factors[1], width))
     byte = B.bind(group * int64(size // 2))
-    base = B.bind(tile_base + column * int64(tile * size))
 
     def chunk(loop: Expr, i: int) -> None:
         place = loop + int64(i)
@@ -183,7 +190,7 @@ def _float_group(
             slot = t * chains + (chain + i) % chains
             _accumulate(totals, slot, width, weight, x)
 
-    _chunks(size // width, chunk)
+    _chunks(size // width, tile, chunk)
 
 
 def _decode(codes: Buffer, byte: Expr, width: int) -> Expr:
@@ -204,8 +211,7 @@ def _int8_group(
     weights: Weights,
     inputs: Inputs,
     group: Expr,
-    tile_base: Expr,
-    column: Expr,
+    base: Expr,
     factors: tuple[Expr, Expr],
     tile: int,
     totals: Buffer,
@@ -220,8 +226,7 @@ def _int8_group(
     chains = CHAINS if tile == 1 else 1
     half = size // 2
     byte = B.bind(group * int64(half))
-    base = B.bind(tile_base + column * int64(tile * size))
-    scale_base = B.bind(B.floordiv(tile_base, int64(size)) + column * int64(tile))
+    scale_base = B.bind(B.floordiv(base, int64(size)))
     assert inputs.scales is not None
     products = local(tile)
     store(
@@ -250,12 +255,11 @@ def _int8_group(
             x_low = cast("int16", inputs.load(at, width), width)
             x_high = cast("int16", inputs.load(at + int64(half), width), width)
             summed = cast("int32", low * x_low + high * x_high, width)
-            store(
-                wide, load(wide, t * width, lanes=width) + summed, t * width, lanes=width
-            )
+            store(wide, load(wide, t * width, lanes=width) + summed, t * width, lanes=width)
 
-    _chunks(half // width, chunk)
+    _chunks(half // width, tile, chunk)
     for t in range(tile):
         value = cast("float32", load(wide, t * width, lanes=width), width)
-        _accumulate(totals, t * chains + chain % chains, width, value,
-                    broadcast(load(products, t), width))
+        _accumulate(
+            totals, t * chains + chain % chains, width, value, broadcast(load(products, t), width)
+        )

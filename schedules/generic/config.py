@@ -35,9 +35,7 @@ def default_config(units: int, target: TargetSpec) -> GenericConfig:
     A tile needs one register a token, so 16 tokens only where there are 32 wide registers.
     """
     tiles = (4, 8, 16) if target.vector_bits == 512 else (4, 8)
-    return GenericConfig(
-        tasks=max(1, min(64, units)), lanes=target.vector_bits // 32, tiles=tiles
-    )
+    return GenericConfig(tasks=max(1, min(64, units)), lanes=target.vector_bits // 32, tiles=tiles)
 
 
 def has_native_half(target: TargetSpec) -> bool:

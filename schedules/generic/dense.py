@@ -56,13 +56,12 @@ class GenericDense(ScheduleRule[GenericConfig]):
 
     name = "generic.dense"
     layout_version = 1
+    reads_stored_layout = True
 
     def applies(self, spec: LinearSpec, target: TargetSpec) -> bool:
         """Say whether this kernel can run `spec` on `target`."""
         return (
-            spec.weight == "dense"
-            and target.kind == "llvm"
-            and spec.weight_dtype in _FLOAT_DTYPES
+            spec.weight == "dense" and target.kind == "llvm" and spec.weight_dtype in _FLOAT_DTYPES
         )
 
     def space(self, spec: LinearSpec, target: TargetSpec) -> Sequence[GenericConfig]:
@@ -103,9 +102,7 @@ class GenericDense(ScheduleRule[GenericConfig]):
                 args.params["weight"],
                 Outputs(spec, args.tokens, args.bias, args.residual, args.out),
             )
-            chunks = B.bind(
-                B.floordiv(args.tokens + int64(TOKEN_CHUNK - 1), int64(TOKEN_CHUNK))
-            )
+            chunks = B.bind(B.floordiv(args.tokens + int64(TOKEN_CHUNK - 1), int64(TOKEN_CHUNK)))
             with B.parallel(int64(0), int64(config.tasks)) as task:
                 start = B.bind(_share(spec.n_out, config.tasks, task))
                 end = B.bind(_share(spec.n_out, config.tasks, task + int64(1)))

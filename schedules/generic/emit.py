@@ -46,8 +46,12 @@ def store(buffer: Buffer, value: Expr, *indices: Expr, lanes: int = 1) -> None:
 
 
 def local(size: int, dtype: str = "float32") -> Buffer:
-    """Allocate on the stack; LLVM keeps what is only indexed by constants in registers."""
-    return B.alloc_buffer((size,), dtype, scope="local")
+    """Allocate on the stack; LLVM keeps what is only indexed by constants in registers.
+
+    TVM puts small buffers of the default scope on the stack; the scope "local", in spite of its
+    name, becomes a call of the runtime's allocator on a CPU.
+    """
+    return B.alloc_buffer((size,), dtype)
 
 
 def cast(dtype: str, value: Expr, lanes: int = 1) -> Expr:
@@ -120,9 +124,7 @@ def horizontal_sums(vectors: Sequence[Expr], lanes: int) -> list[tuple[Expr, int
             pairs = [current]
             width = count * segment
         low = [i for start in range(0, width, segment) for i in range(start, start + half)]
-        current = [
-            B.bind(pick(p, low) + pick(p, [i + half for i in low])) for p in pairs
-        ]
+        current = [B.bind(pick(p, low) + pick(p, [i + half for i in low])) for p in pairs]
         segment = half
     return [(current[0], count)]
 

@@ -27,9 +27,20 @@ class Arguments:
 
 
 def kernel(
-    spec: LinearSpec, params: tuple[ParamSpec, ...], body: Callable[[Arguments], None]
+    spec: LinearSpec,
+    params: tuple[ParamSpec, ...],
+    body: Callable[[Arguments], None],
+    *,
+    open_extents: frozenset[str] = frozenset(),
 ) -> Any:
-    """Build a PrimFunc whose body is emitted by `body`."""
+    """Build a PrimFunc whose body is emitted by `body`.
+
+    Parameters
+    ----------
+    open_extents : frozenset of str
+        Names of one-dimensional parameters whose length differs between layers that share this
+        function: each gets a symbolic extent.
+    """
     tokens = tvm.tirx.Var("m", "int64")
 
     def argument(name: str, shape: tuple[Any, ...], dtype: str = "float32") -> Buffer:
@@ -37,12 +48,15 @@ def kernel(
 
     with IRBuilder() as builder:
         with B.prim_func(is_private=True, s_tir=True):
-            B.func_attr(
-                {"tirx.is_scheduled": True, "tirx.noalias": True, "op_pattern": _OPAQUE}
-            )
+            B.func_attr({"tirx.is_scheduled": True, "tirx.noalias": True, "op_pattern": _OPAQUE})
             x = argument("x", (tokens, spec.k))
             norm = argument("norm", (spec.k,)) if spec.norm_eps is not None else None
-            packed = {p.name: argument(p.name, p.shape, p.dtype) for p in params}
+            packed = {}
+            for p in params:
+                shape: tuple[Any, ...] = p.shape
+                if p.name in open_extents:
+                    shape = (tvm.tirx.Var(f"{p.name}_length", "int64"),)
+                packed[p.name] = argument(p.name, shape, p.dtype)
             bias = argument("bias", (spec.n,)) if spec.epilogue.bias else None
             residual = None
             if spec.epilogue.residual:

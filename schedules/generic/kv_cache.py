@@ -5,14 +5,11 @@ Pages are float32 [pages, 2 (K, V), Hkv, page_size, D], TVM's own layout.
 
 from typing import Any
 
-from tvm.script import ir as I
-
 from gqsa_compiler._tvm import T
-from gqsa_compiler.schedules.generic.attention_common import AttentionShape, exp2
+from gqsa_compiler.schedules.generic.attention_common import ATTRS, AttentionShape, exp2
 
 # Below this many tokens a thread launch costs more than it saves.
 _SERIAL_TOKENS = 8
-_ATTRS = {"tirx.is_scheduled": True, "tirx.noalias": True}
 
 
 def split_qkv(shape: AttentionShape) -> Any:
@@ -26,13 +23,13 @@ def split_qkv(shape: AttentionShape) -> Any:
     lanes = shape.feature_lanes
 
     @T.macro
-    def copy(src, dst, n, h, skip):
+    def copy(src: Any, dst: Any, n: Any, h: Any, skip: Any) -> None:
         for i in T.serial(dim // lanes):
             for v in T.vectorized(lanes):
                 dst[n, h, i * lanes + v] = src[n, skip + h, i * lanes + v]
 
     @T.macro
-    def token(qkv, q, k, v, n):
+    def token(qkv: Any, q: Any, k: Any, v: Any, n: Any) -> None:
         for h in T.serial(heads):
             copy(qkv, q, n, h, 0)
         for h in T.serial(kv_heads):
@@ -48,8 +45,8 @@ def split_qkv(shape: AttentionShape) -> Any:
         k_h: T.handle,
         v_h: T.handle,
         apply_rope: T.int64,
-    ):
-        T.func_attr(_ATTRS)
+    ) -> None:
+        T.func_attr(ATTRS)
         tokens = T.int32()
         positions_at = T.int32()
         qkv = T.match_buffer(qkv_h, (tokens, heads + 2 * kv_heads, dim), "float32")
@@ -77,7 +74,7 @@ def append_kv(shape: AttentionShape) -> Any:
     lanes = shape.feature_lanes
 
     @T.macro
-    def token(pages, k, v, position_map, n):
+    def token(pages: Any, k: Any, v: Any, position_map: Any, n: Any) -> None:
         place: T.let[T.int32] = position_map[n]
         if place >= 0:
             number: T.let[T.int64] = T.Cast("int64", place // page)
@@ -89,8 +86,8 @@ def append_kv(shape: AttentionShape) -> Any:
                     pages[number, 1, h, slot, i * lanes + x] = v[n, h, i * lanes + x]
 
     @T.prim_func(s_tir=True)
-    def append(pages_h: T.handle, k_h: T.handle, v_h: T.handle, position_map_h: T.handle):
-        T.func_attr(_ATTRS)
+    def append(pages_h: T.handle, k_h: T.handle, v_h: T.handle, position_map_h: T.handle) -> None:
+        T.func_attr(ATTRS)
         tokens = T.int32()
         num_pages = T.int64()
         map_at = T.int32()
@@ -117,25 +114,24 @@ def merge_states(shape: AttentionShape) -> Any:
     heads, dim, lanes = shape.num_heads, shape.head_dim, shape.feature_lanes
 
     @T.macro
-    def row(out, lse, other, other_lse, n):
+    def row(out: Any, lse: Any, other: Any, other_lse: Any, n: Any) -> None:
         for h in T.serial(heads):
             top: T.let[T.float32] = T.max(lse[n, h], other_lse[n, h])
-            mine = I.meta_var(exp2(lse[n, h] - top, 1))
-            its = I.meta_var(exp2(other_lse[n, h] - top, 1))
+            mine = T.meta_var(exp2(lse[n, h] - top, 1))
+            its = T.meta_var(exp2(other_lse[n, h] - top, 1))
             both: T.let[T.float32] = mine + its
             scale: T.let[T.float32] = mine / both
             other_scale: T.let[T.float32] = its / both
             for i in T.serial(dim // lanes):
                 for x in T.vectorized(lanes):
                     out[n, h, i * lanes + x] = (
-                        out[n, h, i * lanes + x] * scale
-                        + other[n, h, i * lanes + x] * other_scale
+                        out[n, h, i * lanes + x] * scale + other[n, h, i * lanes + x] * other_scale
                     )
             lse[n, h] = top + T.log2(both)
 
     @T.prim_func(s_tir=True)
-    def merge(out_h: T.handle, lse_h: T.handle, other_h: T.handle, other_lse_h: T.handle):
-        T.func_attr(_ATTRS)
+    def merge(out_h: T.handle, lse_h: T.handle, other_h: T.handle, other_lse_h: T.handle) -> None:
+        T.func_attr(ATTRS)
         tokens = T.int32()
         out = T.match_buffer(out_h, (tokens, heads, dim), "float32")
         lse = T.match_buffer(lse_h, (tokens, heads), "float32")
@@ -160,8 +156,8 @@ def copy_page(shape: AttentionShape) -> Any:
     lanes = shape.feature_lanes
 
     @T.prim_func(s_tir=True)
-    def copy(pages_h: T.handle, source: T.int64, destination: T.int64, length: T.int64):
-        T.func_attr(_ATTRS)
+    def copy(pages_h: T.handle, source: T.int64, destination: T.int64, length: T.int64) -> None:
+        T.func_attr(ATTRS)
         num_pages = T.int64()
         pages = T.match_buffer(pages_h, (num_pages, 2, kv_heads, page, dim), "float32")
         for kind, h, slot, i in T.grid(2, kv_heads, length, dim // lanes):
@@ -183,8 +179,8 @@ def compact_copy(shape: AttentionShape) -> Any:
     lanes = shape.feature_lanes
 
     @T.prim_func(s_tir=True)
-    def compact(pages_h: T.handle, indptr_h: T.handle, moves_h: T.handle, batch: T.int32):
-        T.func_attr(_ATTRS)
+    def compact(pages_h: T.handle, indptr_h: T.handle, moves_h: T.handle, batch: T.int32) -> None:
+        T.func_attr(ATTRS)
         num_pages = T.int64()
         total = T.int32()
         indptr_at = T.int32()
@@ -217,8 +213,8 @@ def get_kv(shape: AttentionShape, num_layers: int) -> Any:
     @T.prim_func(s_tir=True)
     def get(
         pages_h: T.handle, map_h: T.handle, k_h: T.handle, v_h: T.handle, layer: T.int64
-    ):
-        T.func_attr(_ATTRS)
+    ) -> None:
+        T.func_attr(ATTRS)
         tokens = T.int64()
         num_pages = T.int64()
         map_at = T.int64()

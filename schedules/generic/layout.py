@@ -1,4 +1,4 @@
-"""The packed layout of the generic BSR-INT4 kernel, and the packing (docs/kernels.md specifies it)."""
+"""The packed layout of the generic BSR-INT4 kernel (docs/kernels.md specifies it)."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from gqsa_compiler.schedules.generic.config import GenericConfig
 from gqsa_compiler.schedules.spec import LinearSpec, ParamSpec
 
 BLOCK = 16
-"""Scales and zero points are decoded 16 groups at a time: their arrays have 16 spare entries."""
+"""Scales and zero points are decoded 16 groups at a time, so every array has 16 spare groups."""
 ROW_COST = 4
 """A row's fixed work, in groups, when rows are divided over the tasks."""
 
@@ -59,7 +59,7 @@ class BsrLayout:
     def params(self, spec: LinearSpec, config: GenericConfig) -> tuple[ParamSpec, ...]:
         """Describe the packed tensors in the kernel's order."""
         result = [
-            ParamSpec("codes", (max(1, spec.nnz) * spec.group_size // 2,), "uint8"),
+            ParamSpec("codes", ((spec.nnz + BLOCK) * spec.group_size // 2,), "uint8"),
             ParamSpec("scales", (spec.nnz + BLOCK,), "float16"),
         ]
         if self.meta is not None:
@@ -135,7 +135,7 @@ def pack_bsr(
 
     codes = np.concatenate([p.qweight for p in parts])[source]
     packed: dict[str, Array] = {
-        "codes": _padded(_reorder(codes, nibble_order(spec, layout)), spec),
+        "codes": _spare(_reorder(codes, nibble_order(spec, layout))).reshape(-1),
         "scales": _spare(np.concatenate([p.scales for p in parts])[source]),
     }
     if layout.meta is not None:
@@ -176,16 +176,11 @@ def _check_parts(spec: LinearSpec, parts: Sequence[BSRLayer]) -> None:
 
 def _reorder(qweight: npt.NDArray[np.uint8], order: npt.NDArray[np.int64]) -> Array:
     if np.array_equal(order, np.arange(order.size)):
-        return qweight.reshape(-1)
-    nibbles = np.stack([qweight & 0xF, qweight >> 4], axis=-1).reshape(len(qweight), -1)
+        return qweight
+    nibbles = np.stack([qweight & 0xF, qweight >> 4], axis=-1).reshape(-1, order.size)
     nibbles = nibbles[:, order]
-    return (nibbles[:, 0::2] | (nibbles[:, 1::2] << 4)).reshape(-1)
-
-
-def _padded(codes: Array, spec: LinearSpec) -> Array:
-    # A layer with no group at all still has a tensor, of one group that nobody reads.
-    return codes if codes.size else np.zeros(spec.group_size // 2, np.uint8)
+    return nibbles[:, 0::2] | (nibbles[:, 1::2] << 4)
 
 
 def _spare(values: Array) -> Array:
-    return np.concatenate([values, np.zeros(BLOCK, values.dtype)])
+    return np.concatenate([values, np.zeros((BLOCK, *values.shape[1:]), values.dtype)])

@@ -1,9 +1,9 @@
 """Elementary functions on float32 scalars and vectors, written so that LLVM keeps them in SIMD.
 
-LLVM turns ``exp``, ``erf`` and ``tanh`` of a vector into one call of the C library per lane. These are
-polynomials instead, with no table, no branch and no call. Every function takes and returns a TIR
-expression of type float32 or float32xL. Call them while a function is being built (by the IR builder,
-or inside TVMScript, which is one): shared terms become bindings in front of the statement.
+LLVM turns ``exp``, ``erf`` and ``tanh`` of a vector into one call of the C library per lane. These
+are polynomials instead, with no table, no branch and no call. Every function takes and returns a
+TIR expression of type float32 or float32xL. Call them while a function is being built (by the IR
+builder, or inside TVMScript, which is one): shared terms become bindings in front of the statement.
 """
 
 from __future__ import annotations

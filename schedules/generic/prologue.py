@@ -135,9 +135,7 @@ def _write_token(
 
 def _group_offset(spec: LinearSpec, place: tuple[Expr, Expr, Expr], group: Expr) -> Expr:
     first, tile, within = place
-    return B.bind(
-        first * int64(spec.k) + (group * tile + within) * int64(spec.group_size)
-    )
+    return B.bind(first * int64(spec.k) + (group * tile + within) * int64(spec.group_size))
 
 
 def _quantise(spec: LinearSpec, inputs: Inputs, staged: Buffer, at: Expr, width: int) -> None:
@@ -180,11 +178,7 @@ def _write_zeros(
             store(inputs.scales, const(0.0, "float32"), B.floordiv(at, int64(size)))
 
 
-
-
-def normalise_rows(
-    spec: LinearSpec, x: Buffer, norm: Buffer, tokens: Expr, lanes: int
-) -> Buffer:
+def normalise_rows(spec: LinearSpec, x: Buffer, norm: Buffer, tokens: Expr, lanes: int) -> Buffer:
     """Emit the RMS norm of all tokens, in parallel, into a scratch buffer [tokens, K]."""
     assert spec.norm_eps is not None
     eps = spec.norm_eps

@@ -59,7 +59,10 @@ def test_bytes_text(count: float, text: str) -> None:
     assert console.bytes_text(count) == text
 
 
-@pytest.mark.parametrize(("seconds", "text"), [(0.4, "0 s"), (59, "59 s"), (125.2, "2 min 05 s")])
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [(0.4, "0.4 s"), (9.96, "10 s"), (59.6, "1 min 00 s"), (125.2, "2 min 05 s")],
+)
 def test_seconds_text(seconds: float, text: str) -> None:
     assert console.seconds_text(seconds) == text
 

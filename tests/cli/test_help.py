@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import resource
 import subprocess
 import sys
-import time
 
 import pytest
 
@@ -15,12 +15,18 @@ _HEAVY = {"torch", "tvm", "tvm_ffi", "transformers", "numpy", "safetensors", "sc
 _CALL = "import sys; from gqsa_compiler.cli.main import main; main(['--help']); "
 
 
+def _child_seconds() -> float:
+    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return usage.ru_utime + usage.ru_stime
+
+
 def test_help_takes_less_than_half_a_second() -> None:
+    # Processor time: the wall's would measure what else the machine does.
     times = []
     for _ in range(3):
-        start = time.perf_counter()
+        start = _child_seconds()
         subprocess.run([sys.executable, "-c", _CALL], check=True, stdout=subprocess.DEVNULL)
-        times.append(time.perf_counter() - start)
+        times.append(_child_seconds() - start)
     assert min(times) < 0.5, times
 
 

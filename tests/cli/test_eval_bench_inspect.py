@@ -1,0 +1,140 @@
+"""`gqsa eval`, `gqsa bench` and `gqsa inspect` on a toy artefact and a small checkpoint."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from gqsa_compiler import runtime
+from gqsa_compiler.bandwidth import last_level_cache_bytes, measure_read_bandwidth
+from tests.cli.conftest import Gqsa
+
+TEXT = "the cat and the other cat " * 12
+
+
+@pytest.fixture
+def text(tmp_path: Path) -> Path:
+    path = tmp_path / "text.txt"
+    path.write_text(TEXT)
+    return path
+
+
+def test_eval_of_an_artefact(gqsa: Gqsa, toy_artefact: Path, text: Path) -> None:
+    done = gqsa("eval", toy_artefact, "--text", text, "--context", "32", "--json")
+    assert done.code == 0
+    with runtime.load(toy_artefact) as model:
+        tokens = model.tokenize(TEXT)
+        nll = []
+        for start in range(0, len(tokens) - 31, 32):
+            window = tokens[start : start + 32]
+            logits = np.concatenate([np.array(rows) for rows in model.score(window)])
+            for row, token in zip(logits[:-1].astype(np.float64), window[1:], strict=True):
+                nll.append(math.log(np.exp(row).sum()) - row[token])
+    assert done.json["tokens"] == len(nll)
+    assert done.json["perplexity"] == pytest.approx(math.exp(np.mean(nll)), rel=1e-4)
+    assert "kl_divergence" not in done.json
+
+
+def test_eval_against_itself(gqsa: Gqsa, toy_artefact: Path, text: Path) -> None:
+    words = ("eval", toy_artefact, "--text", text, "--reference", toy_artefact, "--limit", "2")
+    done = gqsa(*words, "--json")
+    assert done.json["windows"] == 2
+    assert done.json["context"] == 96
+    assert done.json["kl_divergence"] == pytest.approx(0, abs=1e-6)
+    table = gqsa(*words)
+    assert "perplexity" in table.out
+    assert "KL divergence" in table.out
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("--text", "none.txt"), "none.txt does not exist"),
+        (("--text", "."), "is a directory"),
+        (("--text", "{text}", "--context", "4096"), "compiled for"),
+        (("--text", "{text}", "--reference", "no/such/model"), "no/such/model"),
+    ],
+)
+def test_eval_bad_requests(
+    gqsa: Gqsa, toy_artefact: Path, text: Path, words: tuple[str, ...], message: str
+) -> None:
+    done = gqsa("eval", toy_artefact, *(word.format(text=text) for word in words))
+    assert done.code == 2
+    assert message in done.error
+
+
+def test_bench(gqsa: Gqsa, toy_artefact: Path) -> None:
+    words = ("bench", toy_artefact, "--prompt", "20", "--gen", "6", "--repeats", "3")
+    done = gqsa(*words, "--threads", "1", "--json")
+    assert done.code == 0
+    found = done.json
+    assert len(found["runs"]) == 3
+    for name in ("prefill_tokens_per_second", "decode_tokens_per_second", "first_token_seconds"):
+        values = sorted(run[name] for run in found["runs"])
+        assert found[name] == values[1] > 0
+    assert (found["prompt"], found["gen"], found["threads"]) == (20, 6, 1)
+    manifest = json.loads((toy_artefact / "manifest.json").read_text())
+    assert found["bytes_per_token"] == manifest["bytes_per_token"]
+    share = found["bytes_per_token"] * found["decode_tokens_per_second"] / found["read_bandwidth"]
+    assert found["read_bandwidth_share"] == pytest.approx(share)
+    assert found["peak_memory_bytes"] > 10e6
+
+
+def test_bench_table(gqsa: Gqsa, toy_artefact: Path) -> None:
+    done = gqsa("bench", toy_artefact, "--prompt", "8", "--gen", "2", "--repeats", "1")
+    assert done.code == 0
+    assert "decode       " in done.out
+    assert "peak memory" in done.out
+
+
+def test_bench_beyond_the_context(gqsa: Gqsa, toy_artefact: Path) -> None:
+    done = gqsa("bench", toy_artefact, "--prompt", "90", "--gen", "20")
+    assert done.code == 2
+    assert "need a context of 111" in done.error
+
+
+def test_read_bandwidth_is_that_of_memory() -> None:
+    found = measure_read_bandwidth(1, repeats=3)
+    assert 0.5e9 < found < 1000e9
+
+
+def test_last_level_cache(tmp_path: Path) -> None:
+    for index, size in enumerate(("48K", "2048K", "32M", "odd")):
+        folder = tmp_path / "cpu0" / "cache" / f"index{index}"
+        folder.mkdir(parents=True)
+        (folder / "size").write_text(f"{size}\n")
+    assert last_level_cache_bytes(tmp_path) == 32 << 20
+    assert last_level_cache_bytes(tmp_path / "none") == 0
+
+
+def test_inspect_an_artefact(gqsa: Gqsa, toy_artefact: Path) -> None:
+    done = gqsa("inspect", toy_artefact, "--json")
+    assert done.code == 0
+    assert done.json == json.loads((toy_artefact / "manifest.json").read_text())
+    table = gqsa("inspect", toy_artefact)
+    assert "toy (toy) for cpu" in table.out
+    assert "(fallback)" in table.out
+
+
+def test_inspect_a_manifest_of_another_version(
+    gqsa: Gqsa, toy_artefact: Path, tmp_path: Path
+) -> None:
+    copy = shutil.copytree(toy_artefact, tmp_path / "copy")
+    path = copy / "manifest.json"
+    path.write_text(path.read_text().replace('"format_version": 1', '"format_version": 9'))
+    for words in (("inspect",), ("run", "-p", "a"), ("bench",)):
+        done = gqsa(words[0], copy, *words[1:])
+        assert done.code == 1
+        assert "version 9" in done.error
+
+
+def test_inspect_what_is_neither(gqsa: Gqsa, tmp_path: Path) -> None:
+    missing = gqsa("inspect", tmp_path / "none")
+    assert (missing.code, "does not exist" in missing.error) == (2, True)
+    other = gqsa("inspect", tmp_path)
+    assert (other.code, "neither a GQSA checkpoint" in other.error) == (1, True)

@@ -1,0 +1,206 @@
+"""Whole models: every family, determinism, errors, nothing left behind."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import pytest
+import torch
+
+from gqsa_compiler.checkpoint import CheckpointReader, to_dense, validate
+from gqsa_compiler.compress import Recipe, compress_model
+from gqsa_compiler.compress.block_oneshot import BlockState
+from gqsa_compiler.errors import ModelError, UsageError
+from gqsa_compiler.frontends.source import resolve
+from gqsa_compiler.frontends.torch_model import load_checkpoint_dense, load_dense
+from tests.tiny_models import FAMILIES, make_tiny
+
+QUICK: dict[str, Any] = {"samples": 8, "sequence_length": 32}
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_tiny("llama", tmp_path_factory.mktemp("dense") / "llama")
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family(family: str, tmp_path: Path) -> None:
+    dense = make_tiny(family, tmp_path / "dense")
+    report = compress_model(str(dense), tmp_path / "out", "w4s30g16", **QUICK)
+    with CheckpointReader(tmp_path / "out") as reader:
+        validate(reader)
+        model, _ = load_dense(resolve(str(dense)))
+        linears = {
+            name
+            for name, module in model.named_modules()
+            if isinstance(module, torch.nn.Linear) and name != "lm_head"
+        }
+        assert set(reader.layer_names) == linears
+        assert {layer.name for layer in report.layers} == linears
+        for name in linears:
+            layer = reader.layer(name)
+            total = layer.shape[0] * layer.shape[1] // 16
+            assert layer.nnz == total - int(total * 0.3 + 1e-9)
+        for name, parameter in model.named_parameters():
+            if name.removesuffix(".weight") in linears:
+                continue
+            stored = reader.tensor(name)
+            assert stored.dtype == (np.float32 if parameter.ndim == 1 else np.float16)
+            np.testing.assert_array_equal(stored, parameter.numpy().astype(stored.dtype))
+    assert (tmp_path / "out" / "tokenizer.json").is_file()
+    assert 4.3 < report.bits_per_weight < 5.2
+    assert all(0 < error < 0.5 for error in report.block_errors)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_four_bits_keep_the_model(family: str, tmp_path: Path) -> None:
+    dense = make_tiny(family, tmp_path / "dense")
+    compress_model(str(dense), tmp_path / "out", "w4s0g16", samples=64, sequence_length=32)
+    model, _ = load_dense(resolve(str(dense)))
+    compressed = load_checkpoint_dense(resolve(str(tmp_path / "out")))
+    tokens = torch.randint(3, 300, (4, 32), generator=torch.Generator().manual_seed(1))
+    with torch.inference_mode():
+        wanted = model(tokens).logits.log_softmax(-1)
+        got = compressed(tokens).logits.log_softmax(-1)
+    uniform = (wanted.exp() * (wanted + np.log(wanted.shape[-1]))).sum(-1).mean()
+    divergence = (wanted.exp() * (wanted - got)).sum(-1).mean()
+    # Random weights have no slack: a trained model loses far less.
+    assert float(divergence) < 0.3 * float(uniform)
+
+
+def test_blocks_see_the_inputs_they_get_in_the_whole_model(llama: Path, tmp_path: Path) -> None:
+    """What the last block was given is what the checkpoint's own hidden states are."""
+    states: list[BlockState] = []
+
+    def recover(state: BlockState) -> BlockState:
+        states.append(state)
+        return state
+
+    compress_model(str(llama), tmp_path / "out", "w4s30g16", recover=recover, **QUICK)
+    model = load_checkpoint_dense(resolve(str(tmp_path / "out")))
+    # Embeddings are stored in float16; all else is exact.
+    seen: list[torch.Tensor] = []
+    model.model.layers[0].register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    model.model.layers[2].register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    dense, _ = load_dense(resolve(str(llama)))
+    table = dense.get_input_embeddings().weight
+    tokens = torch.cdist(states[0].inputs[0][:2], table[None]).argmin(-1)
+    with torch.inference_mode():
+        model(tokens)
+    torch.testing.assert_close(seen[0], states[0].inputs[0][:2], rtol=2e-3, atol=2e-3)
+    torch.testing.assert_close(seen[1], states[2].inputs[0][:2], rtol=2e-2, atol=2e-2)
+
+
+def test_recovered_weights_are_what_is_stored(llama: Path, tmp_path: Path) -> None:
+    def recover(state: BlockState) -> BlockState:
+        path = "mlp.up_proj"
+        weight = state.weights[path]
+        zeroed = dataclasses.replace(weight, keep=torch.zeros_like(weight.keep))
+        return dataclasses.replace(state, weights={**state.weights, path: zeroed})
+
+    compress_model(str(llama), tmp_path / "out", "w4s30g16", recover=recover, **QUICK)
+    with CheckpointReader(tmp_path / "out") as reader:
+        assert reader.layer("model.layers.1.mlp.up_proj").nnz == 0
+        assert reader.layer("model.layers.1.mlp.gate_proj").nnz > 0
+
+
+def test_same_seed_same_bytes_and_another_seed_others(llama: Path, tmp_path: Path) -> None:
+    def weights(seed: int, name: str) -> bytes:
+        compress_model(str(llama), tmp_path / name, Recipe(4, 30, 16), seed=seed, **QUICK)
+        return b"".join(p.read_bytes() for p in sorted((tmp_path / name).glob("*.safetensors")))
+
+    first = weights(3, "a")
+    assert first == weights(3, "b")
+    assert first != weights(4, "c")
+
+
+def test_calibration_file_and_row_balance(llama: Path, tmp_path: Path) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text("The quick brown fox jumps over the lazy dog. " * 200, encoding="utf-8")
+    stages: list[str] = []
+    report = compress_model(
+        str(llama), tmp_path / "out", "w4s50g16", calibration=text, balance="row",
+        progress=lambda stage, done, total: stages.append(stage), **QUICK,
+    )  # fmt: skip
+    assert report.calibration == str(text)
+    assert report.calibration_tokens == 8 * 32
+    assert {"reading calibration text", "compressing blocks"} == set(stages)
+    assert json.loads(json.dumps(report.to_dict()))["recipe"] == "w4s50g16"
+    with CheckpointReader(tmp_path / "out") as reader:
+        for name in reader.layer_names:
+            assert len(set(np.diff(reader.layer(name).indptr).tolist())) == 1
+        assert reader.quantization.balance == "row"
+        assert reader.quantization.ratio == 0.5
+
+
+def test_bfloat16_stays(tmp_path: Path) -> None:
+    dense = make_tiny("llama", tmp_path / "dense", dtype="bfloat16")
+    compress_model(str(dense), tmp_path / "out", "w4s0g32", **QUICK)
+    with CheckpointReader(tmp_path / "out") as reader:
+        for name in ("model.embed_tokens.weight", "model.norm.weight"):
+            assert reader.tensor(name).dtype == ml_dtypes.bfloat16
+        layer = to_dense(reader.layer("model.layers.0.mlp.up_proj"))
+    original = resolve(str(dense)).tensor("model.layers.0.mlp.up_proj.weight").astype(np.float32)
+    assert np.square(layer - original).mean() < 0.02 * np.square(original).mean()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"recipe": "w4s30g128"}, "do not divide the 64 inputs of layer model.layers.0"),
+        ({"balance": "column"}, "Balance 'column' is unknown"),
+        ({"samples": 0}, "at least 1 sample"),
+        ({"sequence_length": 1}, "at least 2 tokens"),
+        ({"sequence_length": 1000}, "takes at most 256 tokens"),
+    ],
+)
+def test_bad_arguments_are_found_before_any_work(
+    llama: Path, tmp_path: Path, arguments: dict[str, Any], message: str
+) -> None:
+    steps: list[str] = []
+    options: dict[str, Any] = {"recipe": "w4s30g16", **QUICK, **arguments}
+    with pytest.raises((UsageError, ModelError), match=message):
+        compress_model(
+            str(llama), tmp_path / "out", progress=lambda *step: steps.append(step[0]), **options
+        )
+    assert steps == []
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_compressed_model_is_refused(llama: Path, tmp_path: Path) -> None:
+    compress_model(str(llama), tmp_path / "out", "w4s30g16", **QUICK)
+    with pytest.raises(ModelError, match="compressed already"):
+        compress_model(str(tmp_path / "out"), tmp_path / "again", "w4s30g16", **QUICK)
+    with pytest.raises(UsageError, match="exists"):
+        compress_model(str(llama), tmp_path / "out", "w4s30g16", **QUICK)
+
+
+@pytest.mark.parametrize("failure", [KeyboardInterrupt, ValueError])
+def test_an_interrupted_run_leaves_nothing(
+    llama: Path, tmp_path: Path, failure: type[BaseException]
+) -> None:
+    def stop(stage: str, done: int, total: int) -> None:
+        if stage == "compressing blocks" and done == 1:
+            raise failure
+
+    with pytest.raises(failure):
+        compress_model(str(llama), tmp_path / "out", "w4s30g16", progress=stop, **QUICK)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_damaged_weights_are_an_error_naming_the_layer(tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    dense = make_tiny("llama", tmp_path / "dense")
+    tensors = load_file(dense / "model.safetensors")
+    tensors["model.layers.1.input_layernorm.weight"][0] = torch.nan
+    save_file(tensors, dense / "model.safetensors", {"format": "pt"})
+    text = tmp_path / "text.txt"
+    text.write_text("The quick brown fox jumps over the lazy dog. " * 200, encoding="utf-8")
+    with pytest.raises(ModelError, match=r"layer model\.layers\.1\.self_attn\.q_proj"):
+        compress_model(str(dense), tmp_path / "out", "w4s30g16", calibration=text, **QUICK)

@@ -1,0 +1,69 @@
+"""Compiled models against PyTorch running the same decoded weights, for every family."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from gqsa_compiler import compile as gqsa_compile
+from gqsa_compiler import runtime
+from gqsa_compiler.frontends.source import resolve
+from gqsa_compiler.frontends.torch_model import load_checkpoint_dense
+from tests.tiny_checkpoints import make_checkpoint
+from tests.tiny_models import FAMILIES, VOCAB_SIZE, make_tiny
+
+TOLERANCE = {"float32": 2e-3, "int8": 2e-2}
+CHUNK = 16
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def checkpoint(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a compressed tiny model of each family."""
+    folder = tmp_path_factory.mktemp(request.param)
+    return make_checkpoint(make_tiny(request.param, folder / "dense"), folder / "checkpoint")
+
+
+@pytest.fixture(scope="module")
+def reference(checkpoint: Path) -> Iterator[torch.nn.Module]:
+    """Return transformers' model with the decoded weights, in float32."""
+    yield load_checkpoint_dense(resolve(str(checkpoint)))
+
+
+def relative_error(ours: np.ndarray, theirs: np.ndarray) -> float:
+    """Norm of the difference over the norm of the reference."""
+    return float(np.linalg.norm(ours - theirs) / np.linalg.norm(theirs))
+
+
+@pytest.mark.parametrize("activations", ["float32", "int8"])
+def test_logits_and_greedy_text_agree_with_pytorch(
+    checkpoint: Path, reference: torch.nn.Module, activations: str
+) -> None:
+    output = checkpoint.parent / activations
+    gqsa_compile(
+        str(checkpoint), output, activations=activations, prefill_chunk=CHUNK, context_length=128
+    )
+    # Longer than a chunk and than every family's window.
+    tokens = np.random.default_rng(0).integers(3, VOCAB_SIZE, 3 * CHUNK + 5)
+    with torch.inference_mode():
+        expected = reference(torch.tensor(tokens)[None]).logits[0].numpy()
+    with runtime.load(output) as model:
+        logits = np.concatenate([block.copy() for block in model.score(tokens)])
+        assert logits.shape == expected.shape
+        assert relative_error(logits, expected) < TOLERANCE[activations]
+        if activations == "float32":
+            prompt = [int(t) for t in tokens[:20]]
+            ours = model.generate(prompt, max_tokens=24, temperature=0.0).token_ids
+            assert list(ours) == greedy(reference, prompt, len(ours))
+
+
+def greedy(model: torch.nn.Module, prompt: list[int], count: int) -> list[int]:
+    """Choose tokens greedily, without a cache: the simplest thing that is right."""
+    tokens = list(prompt)
+    with torch.inference_mode():
+        for _ in range(count):
+            tokens.append(int(model(torch.tensor(tokens)[None]).logits[0, -1].argmax()))
+    return tokens[len(prompt) :]

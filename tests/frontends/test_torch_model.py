@@ -1,0 +1,90 @@
+"""Sources as transformers models."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from gqsa_compiler.checkpoint import CheckpointReader, to_dense
+from gqsa_compiler.compress import compress_model
+from gqsa_compiler.errors import ModelError
+from gqsa_compiler.frontends.source import resolve
+from gqsa_compiler.frontends.torch_model import (
+    load_checkpoint_dense,
+    load_dense,
+    to_numpy,
+    to_torch,
+)
+from tests.tiny_models import FAMILIES, make_tiny
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_is_what_transformers_loads(family: str, tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    path = make_tiny(family, tmp_path / "m")
+    model, tokenizer = load_dense(resolve(str(path)))
+    expected = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
+    tokens = torch.tensor([tokenizer("The quick brown fox")["input_ids"]])
+    with torch.inference_mode():
+        torch.testing.assert_close(model(tokens).logits, expected(tokens).logits)
+    assert not any(parameter.requires_grad for parameter in model.parameters())
+
+
+def test_dtype_is_the_stored_one_or_the_one_asked_for(tmp_path: Path) -> None:
+    source = resolve(str(make_tiny("llama", tmp_path / "m", dtype="bfloat16")))
+    assert load_dense(source)[0].dtype == torch.bfloat16
+    assert load_dense(source, torch.float32)[0].dtype == torch.float32
+
+
+def test_checkpoint_is_decoded_exactly(tmp_path: Path) -> None:
+    dense = make_tiny("qwen2", tmp_path / "m")
+    compress_model(str(dense), tmp_path / "c", "w4s30g16", samples=4, sequence_length=16)
+    model = load_checkpoint_dense(resolve(str(tmp_path / "c")))
+    with CheckpointReader(tmp_path / "c") as reader:
+        name = "model.layers.1.self_attn.k_proj"
+        weight = model.get_submodule(name).weight
+        assert weight.dtype == torch.float32
+        np.testing.assert_array_equal(weight.numpy(), to_dense(reader.layer(name)))
+        again = load_checkpoint_dense(reader)
+    assert torch.equal(again.get_submodule(name).weight, weight)
+    assert torch.equal(model.lm_head.weight, model.get_input_embeddings().weight)
+
+
+def test_a_dense_source_is_no_checkpoint(tmp_path: Path) -> None:
+    source = resolve(str(make_tiny("llama", tmp_path / "m")))
+    with pytest.raises(ModelError, match="is not a GQSA checkpoint"):
+        load_checkpoint_dense(source)
+
+
+@pytest.mark.parametrize(
+    ("replacement", "message"),
+    [
+        (None, r"has no tensor 'model\.norm\.weight', which the model needs"),
+        (torch.ones(63), r"model\.norm\.weight has shape \[63\], but config\.json asks for \[64\]"),
+    ],
+)
+def test_weights_that_do_not_fit(
+    tmp_path: Path, replacement: torch.Tensor | None, message: str
+) -> None:
+    from safetensors.torch import load_file, save_file
+
+    path = make_tiny("llama", tmp_path / "m")
+    tensors = load_file(path / "model.safetensors")
+    del tensors["model.norm.weight"]
+    if replacement is not None:
+        tensors["model.norm.weight"] = replacement
+    save_file(tensors, path / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ModelError, match=message):
+        load_dense(resolve(str(path)))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_arrays_and_tensors_round_trip(dtype: torch.dtype) -> None:
+    tensor = torch.randn(3, 5).to(dtype)
+    array = to_numpy(tensor)
+    assert array.dtype.name == str(dtype).removeprefix("torch.")
+    assert torch.equal(to_torch(array), tensor)

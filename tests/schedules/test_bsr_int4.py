@@ -1,0 +1,146 @@
+"""The generic BSR-INT4 kernel against the numpy reference."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from gqsa_compiler._tvm import tvm
+from gqsa_compiler.schedules.spec import Epilogue
+from tests.schedules.linear_cases import check, random_keep, random_layer, spec_of
+
+GATED = Epilogue(activation="silu", gated=True)
+
+# Kernels differ by these; patterns, values and token counts vary within each (one compilation).
+CASES: dict[str, tuple[int, int, int, dict[str, Any]]] = {
+    "plain": (37, 13, 16, {}),
+    "plain_int8": (37, 13, 16, {"activation_dtype": "int8"}),
+    "g8": (5, 3, 8, {}),
+    "g8_int8": (11, 21, 8, {"activation_dtype": "int8"}),
+    "g32_norm": (19, 5, 32, {"norm_eps": 1e-5}),
+    "g64_int8_norm": (6, 3, 64, {"norm_eps": 1e-6, "activation_dtype": "int8"}),
+    "g128_bias": (9, 2, 128, {"epilogue": Epilogue(bias=True)}),
+    "g256_int8": (70, 2, 256, {"activation_dtype": "int8"}),
+    "g256": (3, 1, 256, {}),
+    "gated_all": (
+        38,
+        40,
+        16,
+        {
+            "norm_eps": 1e-5,
+            "epilogue": Epilogue(bias=True, activation="gelu_tanh", gated=True, residual=True),
+        },
+    ),
+    "gated_int8": (150, 4, 16, {"epilogue": GATED, "activation_dtype": "int8"}),
+    "gelu": (8, 4, 16, {"epilogue": Epilogue(activation="gelu", residual=True)}),
+    "relu_bias": (8, 4, 16, {"epilogue": Epilogue(bias=True, activation="relu")}),
+    "one_row": (1, 1, 16, {"epilogue": Epilogue(residual=True)}),
+}
+TOKENS = st.sampled_from([1, 2, 3, 4, 5, 8, 9, 12, 13, 16, 17, 24, 25, 31, 33, 64, 65])
+
+
+@pytest.mark.parametrize("case", CASES)
+@settings(max_examples=6, deadline=None)
+@given(
+    m=TOKENS,
+    seed=st.integers(0, 2**32 - 1),
+    density=st.sampled_from([0.0, 0.05, 0.5, 0.7, 0.95]),
+)
+def test_matches_the_reference(case: str, m: int, seed: int, density: float) -> None:
+    n, groups, size, fields = CASES[case]
+    rng = np.random.default_rng(seed)
+    keep = random_keep((n, groups), rng, density)
+    keep[rng.integers(n), rng.integers(groups)] = False  # all kept is another kernel
+    layer = random_layer(keep, size, rng)
+    x = rng.standard_normal((m, layer.shape[1])).astype(np.float32)
+    check(spec_of(layer, **fields), [layer], x, rng)
+
+
+@settings(max_examples=4, deadline=None)
+@given(
+    n=st.integers(1, 90),
+    groups=st.integers(1, 40),
+    size=st.sampled_from([8, 16, 32]),
+    m=st.integers(1, 600),
+    symmetric=st.booleans(),
+    seed=st.integers(0, 2**32 - 1),
+)
+def test_any_shape(n: int, groups: int, size: int, m: int, symmetric: bool, seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    layer = random_layer(random_keep((n, groups), rng, 0.6), size, rng, symmetric=symmetric)
+    x = rng.standard_normal((m, layer.shape[1])).astype(np.float32)
+    check(spec_of(layer), [layer], x, rng)
+
+
+@pytest.mark.parametrize("activation_dtype", ["float32", "int8"])
+@pytest.mark.parametrize("symmetric", [False, True])
+@pytest.mark.parametrize("m", [1, 7, 20])
+def test_all_groups_kept(activation_dtype: str, symmetric: bool, m: int) -> None:
+    rng = np.random.default_rng(m)
+    layer = random_layer(np.ones((10, 18), bool), 16, rng, symmetric=symmetric)
+    x = rng.standard_normal((m, 288)).astype(np.float32)
+    check(spec_of(layer, activation_dtype=activation_dtype), [layer], x, rng)
+
+
+@pytest.mark.parametrize("activation_dtype", ["float32", "int8"])
+@pytest.mark.parametrize("scales", [(6e-8, 1e-6), (1e4, 6e4), (6e-8, 6e4)])
+def test_extreme_scales(activation_dtype: str, scales: tuple[float, float]) -> None:
+    rng = np.random.default_rng(0)
+    keep = random_keep((37, 13), rng, 0.5)
+    layer = random_layer(keep, 16, rng, scales=scales)
+    for m in (1, 6):
+        x = (rng.standard_normal((m, 208)) * 10.0 ** rng.integers(-6, 6, 208)).astype(np.float32)
+        check(spec_of(layer, activation_dtype=activation_dtype), [layer], x, rng)
+
+
+@pytest.mark.parametrize("activation_dtype", ["float32", "int8"])
+def test_a_single_group_in_all_and_zero_activations(activation_dtype: str) -> None:
+    rng = np.random.default_rng(0)
+    keep = np.zeros((37, 13), bool)
+    keep[20, 12] = True
+    layer = random_layer(keep, 16, rng)
+    x = np.zeros((3, 208), np.float32)
+    x[1, -1] = 3.0
+    check(spec_of(layer, activation_dtype=activation_dtype), [layer], x, rng)
+
+
+@pytest.mark.parametrize("m", [1, 10])
+def test_folded_layers_one_of_them_symmetric(m: int) -> None:
+    rng = np.random.default_rng(5)
+    parts = [
+        random_layer(random_keep((16, 4), rng, 0.5), 16, rng, symmetric=symmetric)
+        for symmetric in (False, True)
+    ]
+    fields = spec_of(parts[0], epilogue=GATED).__dict__
+    nnz = sum(p.nnz for p in parts)
+    spec = type(spec_of(parts[0]))(**{**fields, "n": 32, "nnz": nnz, "symmetric": False})
+    x = rng.standard_normal((m, 64)).astype(np.float32)
+    check(spec, parts, x, rng)
+
+
+@pytest.mark.parametrize("symmetric", [False, True])
+def test_an_index_beyond_16_bits_with_its_zero_point(symmetric: bool) -> None:
+    rng = np.random.default_rng(1)
+    keep = rng.random((2, 5000)) < 0.3
+    keep[:, 4999] = True
+    layer = random_layer(keep, 8, rng, symmetric=symmetric)
+    x = rng.standard_normal((1, 40000)).astype(np.float32)
+    check(spec_of(layer), [layer], x, rng)
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_any_number_of_threads(threads: int) -> None:
+    rng = np.random.default_rng(2)
+    layer = random_layer(random_keep((37, 13), rng, 0.5), 16, rng)
+    configure = tvm.get_global_func("runtime.config_threadpool")
+    configure(1, threads)
+    try:
+        for m in (1, 30):
+            x = rng.standard_normal((m, 208)).astype(np.float32)
+            check(spec_of(layer), [layer], x, rng)
+    finally:
+        configure(1, 0)

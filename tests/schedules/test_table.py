@@ -1,0 +1,70 @@
+"""Choosing a kernel, and the descriptions that are refused."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from gqsa_compiler.errors import CompileError
+from gqsa_compiler.schedules.spec import Epilogue, LinearSpec
+from gqsa_compiler.schedules.table import rules_for, select
+from gqsa_compiler.targets import TARGET_NAMES, parse_target
+
+SPARSE = LinearSpec(64, 128, "bsr_int4", "int4", 16, 100, 8)
+DENSE = LinearSpec(64, 128, "dense", "float16")
+
+
+@pytest.mark.parametrize("target", TARGET_NAMES)
+def test_the_generic_rules_always_apply(target: str) -> None:
+    spec = parse_target(target)
+    assert select(SPARSE, spec)[0].name == "generic.bsr_int4"
+    assert select(DENSE, spec)[0].name == "generic.dense"
+    names = [rule.name for rule in rules_for(spec)]
+    assert len(set(names)) == len(names)
+
+
+@pytest.mark.parametrize("spec", [SPARSE, DENSE])
+def test_the_default_configuration_is_the_first_of_the_space(spec: LinearSpec) -> None:
+    target = parse_target("cpu")
+    rule, config = select(spec, target)
+    assert config == rule.space(spec, target)[0]
+
+
+def test_a_target_without_kernels_is_refused() -> None:
+    target = replace(parse_target("cpu"), kind="cuda", name="cuda")
+    with pytest.raises(CompileError, match="no kernels for target cuda"):
+        select(SPARSE, target)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"group_size": 12}, "power of two"),
+        ({"group_size": 512}, "power of two"),
+        ({"k": 130}, "does not divide 130"),
+        ({"nnz": 64 * 8 + 1}, "do not fit"),
+        ({"n": 0}, "nothing to compute"),
+        ({"n": 63, "epilogue": Epilogue(activation="silu", gated=True)}, "even number"),
+        ({"epilogue": Epilogue(gated=True)}, "an activation"),
+    ],
+)
+def test_a_spec_that_means_nothing_is_refused(fields: dict[str, object], message: str) -> None:
+    with pytest.raises(CompileError, match=message):
+        select(replace(SPARSE, **fields), parse_target("cpu"))  # type: ignore[arg-type]
+
+
+def test_an_unknown_weight_dtype_is_refused() -> None:
+    with pytest.raises(CompileError, match="float8"):
+        select(replace(DENSE, weight_dtype="float8"), parse_target("cpu"))
+
+
+def test_a_spec_survives_json() -> None:
+    spec = replace(SPARSE, epilogue=Epilogue(bias=True, activation="gelu"), norm_eps=1e-5)
+    assert LinearSpec.from_json(spec.to_json()) == spec
+
+
+def test_layers_that_differ_in_their_groups_only_share_code() -> None:
+    rule, _ = select(SPARSE, parse_target("cpu"))
+    assert rule.code_key(SPARSE) == rule.code_key(replace(SPARSE, nnz=7, max_row_nnz=2))
+    assert rule.code_key(SPARSE) != rule.code_key(replace(SPARSE, nnz=64 * 8))
