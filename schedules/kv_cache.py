@@ -1,14 +1,16 @@
 """TVM's paged KV cache with this project's kernels.
 
-The runtime object keeps the pages and sequences and calls eleven kernels; here they are put into a
+The runtime object keeps the pages and sequences and calls nine kernels; here they are put into a
 module together with the function that creates the object. What was tried and failed:
 
 - TVM's ``mha_sliding`` layer kind (0.27). The kernel for new keys is not told which layer it
-  works for and cannot mask a window smaller than the chunk; the window is taken from every block
-  of a forked sequence anew; and the cache crashes when all layers are of that kind. So every
-  layer is ``mha`` to the runtime, nothing is evicted, and a layer's window travels in the sign of
-  ``sm_scale``, the one number that reaches every kernel from the call.
-- RoPE inside the cache knows one theta a model and no Gemma 3: RoPE is applied before, mode NONE.
+  works for, so a chunk longer than the window comes out wrong (NaN with TVM's own kernels); a
+  forked sequence sees a window's worth of keys of every block it is made of; the cache crashes
+  when all layers are of that kind. So every layer is ``mha`` to the runtime, nothing is evicted,
+  and a layer's window travels in the sign of ``sm_scale``, the one number that reaches every
+  kernel from the call.
+- RoPE inside the cache knows one theta a model and not Gemma 3's two: RoPE is applied before,
+  mode NONE.
 - Token trees (speculative decoding) are not supported: their two kernels are left out, which
   the runtime reports when asked for them.
 """

@@ -8,6 +8,8 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from gqsa_compiler._callable import make_callable
+
 if TYPE_CHECKING:
     from gqsa_compiler.compress.pipeline import CompressReport, compress_model
     from gqsa_compiler.compress.recipe import Recipe, parse_recipe
@@ -26,6 +28,16 @@ def __getattr__(name: str) -> Any:
     if name in _MODULES:
         return getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def _compress(*args: Any, **kwargs: Any) -> CompressReport:
+    """Compress a model into a GQSA checkpoint; see `compress_model`."""
+    from gqsa_compiler.compress.pipeline import compress_model
+
+    return compress_model(*args, **kwargs)
+
+
+make_callable(__name__, _compress)
 
 
 def __dir__() -> list[str]:

@@ -1,34 +1,24 @@
 """Prefill attention: many queries of a sequence, against new keys (ragged) or the paged cache.
 
-Flash attention with the query rows in the vector lanes: a row is one token and one of the query
-heads that share a key/value head. A task takes `AttentionShape.rows` rows, transposes their
-queries once, and walks over the keys in blocks. Scores [key][row] and outputs [feature][row] are
-sums of a vector of rows times one broadcast scalar of K or V, so K and V are read as they lie and
-the softmax needs no sum across lanes.
+Flash attention: a task takes `AttentionShape.rows` query rows (a row is one token and one of the
+query heads that share a key/value head), transposes their queries once, and walks over the keys
+in blocks with a running softmax.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from gqsa_compiler._tvm import T, tirx
-from gqsa_compiler.schedules.generic.attention_common import (
-    ATTRS,
-    LOG2_E,
-    MASKED,
-    AttentionShape,
-    exp2,
-    splat,
-    tile_buffers,
-    vec,
+from gqsa_compiler._tvm import T
+from gqsa_compiler.schedules.generic.attention_common import ATTRS, LOG2_E, MASKED, AttentionShape
+from gqsa_compiler.schedules.generic.attention_prefill_tiles import (
+    FEATURES,
+    State,
+    Tiles,
+    paged_reader,
+    ragged_reader,
 )
 
-# Given a block's first key: how to read K and V, each a scalar of (key in the block, feature).
-Scalar = Callable[[Any, Any], Any]
-Reader = Callable[[Any], tuple[Scalar, Scalar]]
-
 _RAGGED_BLOCK = 32  # keys of a block where no page sets it
-_FEATURES = 8  # features of an output tile; every head_dim is a multiple
 _INT_MAX = 2**31 - 1
 
 
@@ -46,134 +36,11 @@ class _Operands:
     sm_scale: Any
 
 
-class _State:
-    """The buffers of one task; made where its TVMScript stands."""
-
-    def __init__(self, shape: AttentionShape, block: int) -> None:
-        rows = shape.rows
-        self.queries = T.alloc_buffer((shape.head_dim, rows), "float32")
-        self.out = T.alloc_buffer((shape.head_dim, rows), "float32")
-        self.scores = T.alloc_buffer((block, rows), "float32")
-        # A row sees the keys low < key <= high.
-        self.low = T.alloc_buffer((rows,), "int32")
-        self.high = T.alloc_buffer((rows,), "int32")
-        # Of all rows: lowest low, highest low, lowest high, highest high.
-        self.bounds = T.alloc_buffer((4,), "int32")
-        # Running maximum of the scores, sum of exponentials, and the last block's rescaling.
-        self.top = T.alloc_buffer((rows,), "float32")
-        self.total = T.alloc_buffer((rows,), "float32")
-        self.factor = T.alloc_buffer((rows,), "float32")
-
-
-class _Tiles:
-    """The vector code of a block of keys; every method emits statements."""
-
-    def __init__(self, shape: AttentionShape) -> None:
-        self.shape = shape
-        self.lanes = shape.lanes
-        self.columns = [vec(i * shape.lanes, shape.lanes) for i in range(shape.row_vectors)]
-        self.whole = vec(0, shape.lanes)
-
-    def _buffers(self, vectors: int) -> list[Any]:
-        return tile_buffers(self.shape.row_vectors, vectors, self.lanes)
-
-    def _at(self, i: int) -> Any:
-        return vec(i * self.lanes, self.lanes)
-
-    def _accumulate(self, acc: list[Any], left: Any, line: Any, scalars: list[Any]) -> None:
-        """acc[i] += left[line] * scalars[i], for every row vector."""
-        vectors = [T.Bind(left[line, column]) for column in self.columns]
-        for i, scalar in enumerate(scalars):
-            value = T.Bind(splat(scalar, self.lanes))
-            for buffer, vector in zip(acc, vectors, strict=True):
-                T.buffer_store(buffer, buffer[self._at(i)] + vector * value, [self._at(i)])
-
-    def scores(self, state: _State, j: Any, count: int, key: Scalar) -> None:
-        """Scores of `count` keys from j on."""
-        acc = self._buffers(count)
-        for i in range(count):
-            for buffer in acc:
-                T.buffer_store(buffer, splat(T.float32(0), self.lanes), [self._at(i)])
-        with T.serial(self.shape.head_dim) as d:
-            self._accumulate(acc, state.queries, d, [key(j + i, d) for i in range(count)])
-        for i in range(count):
-            for buffer, column in zip(acc, self.columns, strict=True):
-                T.buffer_store(state.scores, buffer[self._at(i)], [j + i, column])
-
-    def mask(self, state: _State, j: Any, key: Any) -> None:
-        """Rows that do not see `key`, number j of its block, get the score MASKED."""
-        keys = splat(key, self.lanes)
-        for column in self.columns:
-            seen = tirx.And(state.low[column] < keys, keys <= state.high[column])
-            masked = splat(T.float32(MASKED), self.lanes)
-            T.buffer_store(
-                state.scores, T.Select(seen, state.scores[j, column], masked), [j, column]
-            )
-
-    def new_maximum(self, state: _State, count: Any) -> None:
-        """Raise top to the scores; the old top is left in factor."""
-        running = self._buffers(1)
-        for buffer, column in zip(running, self.columns, strict=True):
-            T.buffer_store(state.factor, state.top[column], [column])
-            T.buffer_store(buffer, state.top[column], [self.whole])
-        with T.serial(count) as j:
-            for buffer, column in zip(running, self.columns, strict=True):
-                bigger = T.max(buffer[self.whole], state.scores[j, column])
-                T.buffer_store(buffer, bigger, [self.whole])
-        for buffer, column in zip(running, self.columns, strict=True):
-            T.buffer_store(state.top, buffer[self.whole], [column])
-
-    def weights(self, state: _State, count: Any) -> None:
-        """Emit scores = exp2(scores - top), factor = exp2(old top - top), and total."""
-        sums = self._buffers(1)
-        tops = [T.Bind(state.top[column]) for column in self.columns]
-        for buffer, column, top in zip(sums, self.columns, tops, strict=True):
-            factor = exp2(state.factor[column] - top, self.lanes)
-            T.buffer_store(state.factor, factor, [column])
-            T.buffer_store(buffer, state.total[column] * factor, [self.whole])
-        with T.serial(count) as j:
-            for buffer, column, top in zip(sums, self.columns, tops, strict=True):
-                weight = exp2(state.scores[j, column] - top, self.lanes)
-                T.buffer_store(state.scores, weight, [j, column])
-                T.buffer_store(buffer, buffer[self.whole] + weight, [self.whole])
-        for buffer, column in zip(sums, self.columns, strict=True):
-            T.buffer_store(state.total, buffer[self.whole], [column])
-
-    def outputs(self, state: _State, d: Any, count: Any, value: Scalar) -> None:
-        """out[d : d + 8] = out * factor + the sum over keys of weight * V."""
-        acc = self._buffers(_FEATURES)
-        for buffer, column in zip(acc, self.columns, strict=True):
-            factor = T.Bind(state.factor[column])
-            for i in range(_FEATURES):
-                T.buffer_store(buffer, state.out[d + i, column] * factor, [self._at(i)])
-        with T.serial(count) as j:
-            self._accumulate(acc, state.scores, j, [value(j, d + i) for i in range(_FEATURES)])
-        for i in range(_FEATURES):
-            for buffer, column in zip(acc, self.columns, strict=True):
-                T.buffer_store(state.out, buffer[self._at(i)], [d + i, column])
-
-
-def _paged_reader(pages: Any, page_values: Any, page_begin: Any, h: Any, block: int) -> Reader:
-    def read(first: Any) -> tuple[Scalar, Scalar]:
-        page = T.Bind(T.Cast("int64", page_values[page_begin + first // block]))
-        return lambda j, d: pages[page, 0, h, j, d], lambda j, d: pages[page, 1, h, j, d]
-
-    return read
-
-
-def _ragged_reader(k: Any, v: Any, kv_begin: Any, h: Any) -> Reader:
-    def read(first: Any) -> tuple[Scalar, Scalar]:
-        begin = T.Bind(kv_begin + first)
-        return lambda j, d: k[begin + j, h, d], lambda j, d: v[begin + j, h, d]
-
-    return read
-
-
 def _attend(shape: AttentionShape, block: int) -> tuple[Any, Any, Any]:
     """Return the macros that count a batch's tiles of rows, find one, and compute it."""
     dim, group, rows = shape.head_dim, shape.group, shape.rows
     window, key_tile = shape.window, shape.key_tile
-    tiles = _Tiles(shape)
+    tiles = Tiles(shape)
 
     @T.macro
     def count_tiles(q_indptr: Any, batch: Any, count: Any) -> None:
@@ -237,8 +104,8 @@ def _attend(shape: AttentionShape, block: int) -> tuple[Any, Any, Any]:
                 tiles.mask(state, j, first + j)
         tiles.new_maximum(state, count)
         tiles.weights(state, count)
-        for t in T.serial(dim // _FEATURES):
-            tiles.outputs(state, t * _FEATURES, count, value)
+        for t in T.serial(dim // FEATURES):
+            tiles.outputs(state, t * FEATURES, count, value)
 
     @T.macro
     def store_rows(args: Any, state: Any, begin: Any, row0: Any, last: Any, h: Any) -> None:
@@ -258,7 +125,7 @@ def _attend(shape: AttentionShape, block: int) -> tuple[Any, Any, Any]:
 
     @T.macro
     def attend(args: Any, place: Any, h: Any, kv_len: Any, read: Any) -> None:
-        state = T.meta_var(_State(shape, block))
+        state = T.meta_var(State(shape, block))
         b: T.let[T.int32] = place[0]
         row0: T.let[T.int32] = place[1]
         begin: T.let[T.int32] = args.q_indptr[b]
@@ -290,9 +157,9 @@ def attention_prefill(shape: AttentionShape, paged: bool) -> Any:
         With the arguments that the runtime gives (``TIRPagedPrefillFunc``,
         ``TIRRaggedPrefillFunc``). Writes the output float32 [n, Hq, D] and ``lse`` float32
         [n, Hq], the log2 of the sum of exponentials, by which the results of several calls are
-        merged; a query that sees no key gets output 0 and lse -1e30. A negative ``sm_scale`` means
-        -``sm_scale`` and the sliding window of `shape`. ``rotary_mode`` is not looked at: the cache
-        is made with mode NONE.
+        merged; a query that sees no key gets lse -1e30 or less, and an output without meaning. A
+        negative ``sm_scale`` means -``sm_scale`` and the sliding window of `shape`.
+        ``rotary_mode`` is not looked at: the cache is made with mode NONE.
     """
     return _paged(shape) if paged else _ragged(shape)
 
@@ -350,7 +217,7 @@ def _ragged(shape: AttentionShape) -> Any:
             find_tile(q_indptr, batch, number, place)
             kv_begin: T.let[T.int32] = kv_indptr[place[0]]
             kv_len: T.let[T.int32] = kv_indptr[place[0] + 1] - kv_begin
-            read = T.meta_var(_ragged_reader(k, v, kv_begin, h))
+            read = T.meta_var(ragged_reader(k, v, kv_begin, h))
             attend(args, place, h, kv_len, read)
 
     return attention_prefill_ragged
@@ -421,7 +288,7 @@ def _paged(shape: AttentionShape) -> Any:
             kv_len: T.let[T.int32] = T.if_then_else(
                 page_count > 0, (page_count - 1) * page + length[place[0]], 0
             )
-            read = T.meta_var(_paged_reader(pages, page_values, page_begin, h, page))
+            read = T.meta_var(paged_reader(pages, page_values, page_begin, h, page))
             attend(args, place, h, kv_len, read)
 
     return attention_prefill_paged

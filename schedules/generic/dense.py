@@ -42,7 +42,7 @@ ROWS = 4
 """Weight rows computed at once: each vector of activations is used for all of them."""
 TOKENS = 4
 """Tokens computed at once; ROWS * TOKENS sums are kept in registers."""
-TOKEN_CHUNK = 64
+TOKEN_CHUNK = 32
 """Tokens for which a task goes once through its weights: their activations stay in cache."""
 
 _FLOAT_DTYPES = ("float16", "bfloat16", "float32")

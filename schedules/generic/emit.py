@@ -37,7 +37,8 @@ def span(start: Expr, lanes: int) -> Expr:
 
 def load(buffer: Buffer, *indices: Expr, lanes: int = 1) -> Expr:
     """Load `lanes` elements, consecutive along the last axis."""
-    return buffer[(*indices[:-1], span(indices[-1], lanes))]
+    index = (*indices[:-1], span(indices[-1], lanes))
+    return buffer[index]
 
 
 def store(buffer: Buffer, value: Expr, *indices: Expr, lanes: int = 1) -> None:

@@ -1,12 +1,26 @@
 """RMSNorm and LayerNorm where no linear layer can take them in (Gemma's post-norms, OPT)."""
 
+from __future__ import annotations
+
 import math
 from typing import Any
 
-from gqsa_compiler._tvm import T
+from gqsa_compiler._tvm import B, IRBuilder, tvm
+from gqsa_compiler.schedules.generic.emit import (
+    Buffer,
+    Expr,
+    broadcast,
+    const,
+    int64,
+    load,
+    local,
+    row_sum,
+    store,
+)
 
 # Below this many tokens a thread launch costs more than it saves.
 _SERIAL_TOKENS = 16
+_OPAQUE = 8  # TVM's OpPatternKind: never fused into others
 
 
 def norm(features: int, eps: float, *, center: bool) -> Any:
@@ -28,82 +42,55 @@ def norm(features: int, eps: float, *, center: bool) -> Any:
         Scheduled. Arguments: ``x`` float32 [m, K], ``weight`` float32 [K], with `center` ``bias``
         float32 [K], and the output float32 [m, K]; m is symbolic.
     """
+    tokens = tvm.tirx.Var("m", "int64")
+    with IRBuilder() as builder:
+        with B.prim_func(is_private=True, s_tir=True):
+            B.func_attr({"tirx.is_scheduled": True, "tirx.noalias": True, "op_pattern": _OPAQUE})
+            x = B.arg("x", B.buffer((tokens, features), "float32"))
+            weight = B.arg("weight", B.buffer((features,), "float32"))
+            bias = B.arg("bias", B.buffer((features,), "float32")) if center else None
+            out = B.arg("out", B.buffer((tokens, features), "float32"))
+            with B.If(tokens <= int64(_SERIAL_TOKENS)):
+                with B.Then(), B.serial(int64(0), tokens) as token:
+                    _row(x, weight, bias, out, token, features, eps)
+                with B.Else(), B.parallel(int64(0), tokens) as token:
+                    _row(x, weight, bias, out, token, features, eps)
+    return builder.get()
+
+
+def _row(
+    x: Buffer,
+    weight: Buffer,
+    bias: Buffer | None,
+    out: Buffer,
+    token: Expr,
+    features: int,
+    eps: float,
+) -> None:
     lanes = math.gcd(16, features)
-    steps = features // lanes
-    attrs = {"tirx.noalias": True, "tirx.is_scheduled": True, "op_pattern": 8}
+    mean = None
+    if bias is not None:
+        mean = _mean(features, lanes, lambda at: load(x, token, at, lanes=lanes))
 
-    @T.macro
-    def statistics(x, sums, stats, t):
-        # Two passes over a row that is in cache: the variance of large means stays exact.
-        for v in T.vectorized(lanes):
-            sums[v] = T.float32(0)
-        if center:
-            for i in T.serial(steps):
-                for v in T.vectorized(lanes):
-                    sums[v] = sums[v] + x[t, i * lanes + v]
-        stats[0] = T.float32(0)
-        for v in T.unroll(lanes):
-            stats[0] = stats[0] + sums[v]
-        stats[0] = stats[0] * T.float32(1 / features)
-        for v in T.vectorized(lanes):
-            sums[v] = T.float32(0)
-        for i in T.serial(steps):
-            for v in T.vectorized(lanes):
-                sums[v] = sums[v] + (x[t, i * lanes + v] - stats[0]) * (
-                    x[t, i * lanes + v] - stats[0]
-                )
-        stats[1] = T.float32(0)
-        for v in T.unroll(lanes):
-            stats[1] = stats[1] + sums[v]
-        stats[1] = T.float32(1) / T.sqrt(stats[1] * T.float32(1 / features) + T.float32(eps))
+    def centered(at: Expr) -> Expr:
+        value = load(x, token, at, lanes=lanes)
+        return value if mean is None else value - broadcast(mean, lanes)
 
-    @T.macro
-    def rms_row(x, weight, out, t):
-        sums = T.alloc_buffer((lanes,), "float32")
-        stats = T.alloc_buffer((2,), "float32")
-        statistics(x, sums, stats, t)
-        for i in T.serial(steps):
-            for v in T.vectorized(lanes):
-                out[t, i * lanes + v] = x[t, i * lanes + v] * stats[1] * weight[i * lanes + v]
+    # A second pass over a row that is in cache: the variance around a large mean stays exact.
+    square = _mean(features, lanes, lambda at: centered(at) * centered(at))
+    factor = B.bind(const(1.0, "float32") / B.sqrt(square + const(eps, "float32")))
+    with B.serial(int64(0), int64(features // lanes)) as i:
+        at = i * int64(lanes)
+        value = centered(at) * broadcast(factor, lanes) * load(weight, at, lanes=lanes)
+        if bias is not None:
+            value = value + load(bias, at, lanes=lanes)
+        store(out, value, token, at, lanes=lanes)
 
-    @T.macro
-    def layer_row(x, weight, bias, out, t):
-        sums = T.alloc_buffer((lanes,), "float32")
-        stats = T.alloc_buffer((2,), "float32")
-        statistics(x, sums, stats, t)
-        for i in T.serial(steps):
-            for v in T.vectorized(lanes):
-                out[t, i * lanes + v] = (x[t, i * lanes + v] - stats[0]) * stats[1] * weight[
-                    i * lanes + v
-                ] + bias[i * lanes + v]
 
-    @T.prim_func(s_tir=True)
-    def rms_norm(x_h: T.handle, weight_h: T.handle, out_h: T.handle):
-        T.func_attr(attrs)
-        m = T.int64()
-        x = T.match_buffer(x_h, (m, features), "float32")
-        weight = T.match_buffer(weight_h, (features,), "float32")
-        out = T.match_buffer(out_h, (m, features), "float32")
-        if m <= T.int64(_SERIAL_TOKENS):
-            for t in T.serial(m):
-                rms_row(x, weight, out, t)
-        else:
-            for t in T.parallel(m):
-                rms_row(x, weight, out, t)
-
-    @T.prim_func(s_tir=True)
-    def layer_norm(x_h: T.handle, weight_h: T.handle, bias_h: T.handle, out_h: T.handle):
-        T.func_attr(attrs)
-        m = T.int64()
-        x = T.match_buffer(x_h, (m, features), "float32")
-        weight = T.match_buffer(weight_h, (features,), "float32")
-        bias = T.match_buffer(bias_h, (features,), "float32")
-        out = T.match_buffer(out_h, (m, features), "float32")
-        if m <= T.int64(_SERIAL_TOKENS):
-            for t in T.serial(m):
-                layer_row(x, weight, bias, out, t)
-        else:
-            for t in T.parallel(m):
-                layer_row(x, weight, bias, out, t)
-
-    return layer_norm if center else rms_norm
+def _mean(features: int, lanes: int, value: Any) -> Expr:
+    """Emit the mean over a row of ``value(offset)``, `lanes` elements at a time."""
+    total = local(lanes)
+    store(total, broadcast(const(0.0, "float32"), lanes), 0, lanes=lanes)
+    with B.serial(int64(0), int64(features // lanes)) as i:
+        store(total, load(total, 0, lanes=lanes) + value(i * int64(lanes)), 0, lanes=lanes)
+    return B.bind(row_sum(load(total, 0, lanes=lanes), lanes) * const(1.0 / features, "float32"))

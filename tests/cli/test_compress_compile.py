@@ -31,12 +31,12 @@ def checkpoint(dense: Path) -> Path:
 
 
 def test_compress_says_what_it_did(gqsa: Gqsa, dense: Path, tmp_path: Path) -> None:
-    words = ("compress", dense, "--recipe", "w4s50g32", "--samples", "2", "--sequence-length", "16")
+    words = ("compress", dense, "--recipe", "w4s50g16", "--samples", "2", "--sequence-length", "16")
     done = gqsa(*words, "-o", tmp_path / "a", "--json", "--seed", "3", "--balance", "row")
     assert done.code == 0
-    assert done.json["recipe"] == "w4s50g32"
+    assert done.json["recipe"] == "w4s50g16"
     assert len(done.json["layers"]) == 7
-    for setting in ("recipe", "w4s50g32", "sampled from the model", "row"):
+    for setting in ("recipe", "w4s50g16", "sampled from the model", "row"):
         assert setting in done.err
     found = gqsa("inspect", tmp_path / "a", "--json").json
     assert [layer["name"] for layer in found["layers"]] == sorted(
@@ -44,7 +44,7 @@ def test_compress_says_what_it_did(gqsa: Gqsa, dense: Path, tmp_path: Path) -> N
     )
     for layer in found["layers"]:
         assert layer.keys() == {"name", "n", "k", "bits", "group_size", "sparsity", "bytes"}
-        assert (layer["bits"], layer["group_size"]) == (4, 32)
+        assert (layer["bits"], layer["group_size"]) == (4, 16)
         assert layer["sparsity"] == pytest.approx(0.5, abs=0.02)
     weights = sum(layer["n"] * layer["k"] for layer in found["layers"])
     stored = sum(layer["bytes"] for layer in found["layers"])
@@ -69,7 +69,7 @@ def test_compile_reports_runs_and_agrees_with_the_checkpoint(
     gqsa: Gqsa,
     checkpoint: Path,
     tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
+    capfd: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -82,7 +82,7 @@ def test_compile_reports_runs_and_agrees_with_the_checkpoint(
     assert sum(report["kernel_counts"].values()) == len(report["kernels"])
 
     print_report(report)
-    out = capsys.readouterr().out
+    out = capfd.readouterr().out
     for words in ("sparse INT4 layers", "bits a weight", "read to decode a token", "stayed dense"):
         assert words in out
     for kernel in report["kernel_counts"]:

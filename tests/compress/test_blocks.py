@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+
 from gqsa_compiler.compress.blocks import (
     adds_to_output,
     capture_inputs,
@@ -19,7 +20,6 @@ from gqsa_compiler.compress.blocks import (
 from gqsa_compiler.errors import ModelError
 from gqsa_compiler.frontends.source import resolve
 from gqsa_compiler.frontends.torch_model import load_dense
-
 from tests.tiny_models import FAMILIES, make_tiny
 
 TOKENS = torch.randint(3, 300, (4, 20), generator=torch.Generator().manual_seed(0))

@@ -138,6 +138,14 @@ def test_calibration_file_and_row_balance(llama: Path, tmp_path: Path) -> None:
         assert reader.quantization.ratio == 0.5
 
 
+def test_the_package_is_the_function(llama: Path, tmp_path: Path) -> None:
+    import gqsa_compiler
+
+    report = gqsa_compiler.compress(str(llama), tmp_path / "out", "w4s30g16", **QUICK)
+    assert report.output == str(tmp_path / "out")
+    assert gqsa_compiler.compress.compress_model is compress_model
+
+
 def test_bfloat16_stays(tmp_path: Path) -> None:
     dense = make_tiny("llama", tmp_path / "dense", dtype="bfloat16")
     compress_model(str(dense), tmp_path / "out", "w4s0g32", **QUICK)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -12,6 +12,7 @@ import numpy.typing as npt
 from gqsa_compiler._tvm import Target, tvm
 from gqsa_compiler.checkpoint import BSRLayer
 from gqsa_compiler.schedules import reference
+from gqsa_compiler.schedules.generic.config import GenericConfig
 from gqsa_compiler.schedules.rule import KernelConfig, ScheduleRule
 from gqsa_compiler.schedules.spec import LinearSpec
 from gqsa_compiler.schedules.table import select
@@ -77,24 +78,34 @@ def compile_kernel(
 
 
 @lru_cache(maxsize=256)
-def _shared(code: LinearSpec, rule: ScheduleRule[Any], config: KernelConfig) -> Any:
-    return compile_kernel(code, rule, config, HOST)
+def _shared(
+    code: LinearSpec, rule: ScheduleRule[Any], config: KernelConfig, target: TargetSpec
+) -> Any:
+    return compile_kernel(code, rule, config, target)
 
 
 _RULES: dict[str, ScheduleRule[Any]] = {}
 
 
 def run(
-    spec: LinearSpec, parts: list[Any], x: Array, operands: dict[str, Array] | None = None
+    spec: LinearSpec,
+    parts: list[Any],
+    x: Array,
+    operands: dict[str, Array] | None = None,
+    tiles: tuple[int, ...] | None = None,
+    target: TargetSpec = HOST,
 ) -> Array:
-    """Pack `parts`, run the kernel on this machine, return its output.
+    """Pack `parts`, run the kernel (built for `target`) on this machine, return its output.
 
-    Kernels are compiled once for every `ScheduleRule.code_key`.
+    Kernels are compiled once for every `ScheduleRule.code_key`. Fewer `tiles` than the default
+    compile several times faster.
     """
     operands = operands or {}
-    rule, config = select(spec, HOST)
+    rule, config = select(spec, target)
+    if tiles is not None:
+        config = replace(cast(GenericConfig, config), tiles=tiles)
     rule = _RULES.setdefault(rule.name, rule)
-    executable = _shared(rule.code_key(spec), rule, config)
+    executable = _shared(rule.code_key(spec), rule, config, target)
     packed = rule.pack(spec, config, parts)
     args = [x]
     args += [operands["norm"]] if "norm" in operands else []
@@ -165,12 +176,19 @@ def expected(
     return Bounds(value, error + 1e-6 * np.abs(value) + (1e-6 if spec.epilogue.residual else 0))
 
 
-def check(spec: LinearSpec, layers: list[BSRLayer], x: Array, rng: np.random.Generator) -> None:
+def check(
+    spec: LinearSpec,
+    layers: list[BSRLayer],
+    x: Array,
+    rng: np.random.Generator,
+    tiles: tuple[int, ...] | None = None,
+    target: TargetSpec = HOST,
+) -> None:
     """Run a sparse kernel and compare it with the reference."""
     weight = np.concatenate([reference.decode(layer) for layer in layers])
     magnitude = np.concatenate([_magnitude(layer) for layer in layers])
     operands = random_operands(spec, len(x), rng)
-    got = run(spec, layers, x, operands)
+    got = run(spec, layers, x, operands, tiles, target)
     assert_within(got, expected(spec, weight, magnitude, x, operands))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -11,7 +12,8 @@ from hypothesis import strategies as st
 
 from gqsa_compiler._tvm import tvm
 from gqsa_compiler.schedules.spec import Epilogue
-from tests.schedules.linear_cases import check, random_keep, random_layer, spec_of
+from gqsa_compiler.targets import parse_target
+from tests.schedules.linear_cases import HOST, check, random_keep, random_layer, spec_of
 
 GATED = Epilogue(activation="silu", gated=True)
 
@@ -40,6 +42,8 @@ CASES: dict[str, tuple[int, int, int, dict[str, Any]]] = {
     "relu_bias": (8, 4, 16, {"epilogue": Epilogue(bias=True, activation="relu")}),
     "one_row": (1, 1, 16, {"epilogue": Epilogue(residual=True)}),
 }
+ALL_TILES = ("plain", "plain_int8", "gated_all")
+FEW_TILES = (2, 4)
 TOKENS = st.sampled_from([1, 2, 3, 4, 5, 8, 9, 12, 13, 16, 17, 24, 25, 31, 33, 64, 65])
 
 
@@ -57,7 +61,8 @@ def test_matches_the_reference(case: str, m: int, seed: int, density: float) -> 
     keep[rng.integers(n), rng.integers(groups)] = False  # all kept is another kernel
     layer = random_layer(keep, size, rng)
     x = rng.standard_normal((m, layer.shape[1])).astype(np.float32)
-    check(spec_of(layer, **fields), [layer], x, rng)
+    tiles = None if case in ALL_TILES else FEW_TILES
+    check(spec_of(layer, **fields), [layer], x, rng, tiles)
 
 
 @settings(max_examples=4, deadline=None)
@@ -73,7 +78,7 @@ def test_any_shape(n: int, groups: int, size: int, m: int, symmetric: bool, seed
     rng = np.random.default_rng(seed)
     layer = random_layer(random_keep((n, groups), rng, 0.6), size, rng, symmetric=symmetric)
     x = rng.standard_normal((m, layer.shape[1])).astype(np.float32)
-    check(spec_of(layer), [layer], x, rng)
+    check(spec_of(layer), [layer], x, rng, (8,))
 
 
 @pytest.mark.parametrize("activation_dtype", ["float32", "int8"])
@@ -83,7 +88,7 @@ def test_all_groups_kept(activation_dtype: str, symmetric: bool, m: int) -> None
     rng = np.random.default_rng(m)
     layer = random_layer(np.ones((10, 18), bool), 16, rng, symmetric=symmetric)
     x = rng.standard_normal((m, 288)).astype(np.float32)
-    check(spec_of(layer, activation_dtype=activation_dtype), [layer], x, rng)
+    check(spec_of(layer, activation_dtype=activation_dtype), [layer], x, rng, FEW_TILES)
 
 
 @pytest.mark.parametrize("activation_dtype", ["float32", "int8"])
@@ -119,7 +124,7 @@ def test_folded_layers_one_of_them_symmetric(m: int) -> None:
     nnz = sum(p.nnz for p in parts)
     spec = type(spec_of(parts[0]))(**{**fields, "n": 32, "nnz": nnz, "symmetric": False})
     x = rng.standard_normal((m, 64)).astype(np.float32)
-    check(spec, parts, x, rng)
+    check(spec, parts, x, rng, FEW_TILES)
 
 
 @pytest.mark.parametrize("symmetric", [False, True])
@@ -129,7 +134,7 @@ def test_an_index_beyond_16_bits_with_its_zero_point(symmetric: bool) -> None:
     keep[:, 4999] = True
     layer = random_layer(keep, 8, rng, symmetric=symmetric)
     x = rng.standard_normal((1, 40000)).astype(np.float32)
-    check(spec_of(layer), [layer], x, rng)
+    check(spec_of(layer), [layer], x, rng, FEW_TILES)
 
 
 @pytest.mark.parametrize("threads", [1, 2, 3])
@@ -144,3 +149,21 @@ def test_any_number_of_threads(threads: int) -> None:
             check(spec_of(layer), [layer], x, rng)
     finally:
         configure(1, 0)
+
+
+@pytest.mark.skipif(HOST.arch != "x86_64", reason="this machine cannot run x86 code")
+@pytest.mark.parametrize("activation_dtype", ["float32", "int8"])
+@pytest.mark.parametrize(("lanes", "size"), [(4, 16), (4, 8), (8, 16), (8, 32)])
+def test_layouts_of_narrower_vectors(activation_dtype: str, lanes: int, size: int) -> None:
+    target = parse_target("x86-64-v3")
+    if lanes == 4:  # NEON's layout, on a CPU without float16 conversion
+        target = replace(target, cpu="x86-64-v2", features=())
+    elif not set(target.features) <= set(HOST.features):
+        pytest.skip("this machine has no AVX2")
+    assert target.vector_bits == 32 * lanes
+    rng = np.random.default_rng(size)
+    layer = random_layer(random_keep((37, 13), rng, 0.5), size, rng, scales=(1e-7, 6e4))
+    spec = spec_of(layer, activation_dtype=activation_dtype)
+    for m in (1, 6):
+        x = rng.standard_normal((m, spec.k)).astype(np.float32)
+        check(spec, [layer], x, rng, FEW_TILES, target)
