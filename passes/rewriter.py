@@ -8,12 +8,13 @@ them. What becomes unused is removed by dead code elimination, run by `rewrite_m
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from typing import Any, TypeAlias
 
 from gqsa_compiler._tvm import PyExprMutator, mutator, post_order_visit, relax, tvm, tvm_ffi
 from gqsa_compiler.passes import records as records_
 from gqsa_compiler.passes.records import ParamRecord
 
-Expr = relax.Expr
+Expr: TypeAlias = Any  # relax.Expr; TVM has no types for mypy to read
 Rule = Callable[["Graph", relax.Var, relax.Call], Expr | None]
 
 
@@ -131,7 +132,7 @@ def rewrite_module(mod: tvm.IRModule, rule: Rule) -> tvm.IRModule:
         if not isinstance(func, relax.Function):
             continue
         graph = Graph(func, records)
-        replacements = {}
+        replacements: dict[int, Expr] = {}
         for var, value in graph.bindings():
             if isinstance(value, relax.Call):
                 new = rule(graph, var, value)

@@ -22,6 +22,9 @@ from gqsa_compiler.compress.hessian import MomentAccumulator
 from gqsa_compiler.compress.oneshot import GroupedWeight, compress_rows
 from gqsa_compiler.compress.recipe import Recipe
 
+TINY = 1e-12
+"""Keeps the weight of a token of zeros finite."""
+
 
 @dataclass(frozen=True, eq=False)
 class BlockState:
@@ -95,7 +98,10 @@ def compress_block(
             if members == last:
                 # The only layer that can also make up for errors on the residual path.
                 seen, output = run_watched(block, members[0], hidden, arguments)
-                moments.add(seen, missing=want - output)
+                # The next norm divides a token's error by the token's size: so is it weighed here,
+                # or the few tokens of huge activations would be all that counts.
+                size = want.square().mean(-1, keepdim=True).add(TINY).rsqrt()
+                moments.add(seen * size, missing=(want - output) * size)
             else:
                 moments.add(layer_input(block, members[0], hidden, arguments), dense=want)
         done = compress_rows(

@@ -15,8 +15,6 @@ DAMPING = 0.01
 SHRINKAGE = 0.1
 """How far correlations between inputs shrink towards none: calibration text is not all text."""
 
-DRIFT = 1.0
-
 
 @dataclass(frozen=True)
 class Moments:
@@ -115,7 +113,7 @@ class MomentAccumulator:
         # are rounded as they are and never take up another column's error.
         damping = DAMPING * mean if mean > 0 else torch.ones(())
         hessian.mul_(1 - SHRINKAGE).diagonal().copy_(diagonal + damping)
-        return Moments(hessian, **{name: DRIFT * matrix for name, matrix in cross.items()})
+        return Moments(hessian, **cross)
 
 
 def inverse(hessian: Tensor) -> Tensor:

@@ -64,9 +64,15 @@ class GGUFSource(ModelSource):
         from transformers.modeling_gguf_pytorch_utils import get_gguf_hf_weights_map
 
         fields = {key: value for key, value in self.config.items() if key != "model_type"}
-        config = AutoConfig.for_model(self.config["model_type"], **fields)
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config)
+        try:
+            config = AutoConfig.for_model(self.config["model_type"], **fields)
+            with torch.device("meta"):
+                model = AutoModelForCausalLM.from_config(config)
+        except Exception as error:
+            # transformers checks sizes against each other and raises its validator's own classes.
+            raise ModelError(
+                f"{self.path}: transformers refuses its configuration: {error}"
+            ) from error
         names = get_gguf_hf_weights_map(model, self._processor)
         tensors = {t.name: t for t in self._reader.tensors if t.name not in _NOT_WEIGHTS}
         unknown = sorted(set(tensors) - set(names))

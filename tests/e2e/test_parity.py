@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -28,9 +27,9 @@ def checkpoint(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPath
 
 
 @pytest.fixture(scope="module")
-def reference(checkpoint: Path) -> Iterator[torch.nn.Module]:
+def reference(checkpoint: Path) -> torch.nn.Module:
     """Return transformers' model with the decoded weights, in float32."""
-    yield load_checkpoint_dense(resolve(str(checkpoint)))
+    return load_checkpoint_dense(resolve(str(checkpoint)))
 
 
 def relative_error(ours: np.ndarray, theirs: np.ndarray) -> float:

@@ -157,6 +157,13 @@ def test_unknown_things_are_named(llama: Path, tmp_path: Path) -> None:
         resolve(str(write_gguf(llama, tmp_path / "good.gguf"))).tensor("nope")
 
 
+def test_sizes_that_do_not_agree(llama: Path, tmp_path: Path) -> None:
+    source = resolve(str(write_gguf(llama, tmp_path / "tiny.gguf")))
+    source.config.update(num_attention_heads=3, num_key_value_heads=3)
+    with pytest.raises(ModelError, match=r"(?s)refuses its configuration: .*not a multiple"):
+        source.tensor_names()
+
+
 def test_damaged_files(llama: Path, tmp_path: Path) -> None:
     path = write_gguf(llama, tmp_path / "whole.gguf")
     data = path.read_bytes()

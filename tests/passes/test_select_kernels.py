@@ -126,9 +126,7 @@ def test_the_whole_pipeline_computes_what_the_dense_module_does(
 ) -> None:
     weights = Weights(MLP_RECORDS, density)
     records = [
-        r
-        if r.storage == "dense"
-        else bsr(r.name, *r.shape, nnz=weights.layers[r.name].nnz)
+        r if r.storage == "dense" else bsr(r.name, *r.shape, nnz=weights.layers[r.name].nnz)
         for r in MLP_RECORDS
     ]
     target = parse_target("cpu")
