@@ -74,10 +74,10 @@ def _pack(kernel: Kernel, weights: WeightLoader) -> Mapping[str, Array]:
 
 
 def _dense(weights: WeightLoader, name: str, dtype: str) -> Array:
-    array = weights.load(name)
+    array = weights.load(name).astype(np_dtype(dtype), copy=False)
     if not np.all(np.isfinite(array.astype(np.float32, copy=False))):
-        raise CompileError(f"Parameter {name} holds values that are not finite numbers.")
-    return array.astype(np_dtype(dtype), copy=False)
+        raise CompileError(f"Parameter {name} holds values that are not finite numbers in {dtype}.")
+    return array
 
 
 def np_dtype(name: str) -> np.dtype[Any]:
@@ -108,15 +108,17 @@ def export_library(mod: tvm.IRModule, target: TargetSpec, directory: Path) -> st
 
 
 def _linker(target: TargetSpec) -> str:
-    names = ["g++", "c++", "clang++"]
-    if target.arch != host_arch():
+    if target.arch == host_arch():
+        names, package = ["g++", "c++", "clang++"], "g++"
+    else:
         names = [f"{target.arch}-linux-gnu-g++"]
+        package = f"g++-{target.arch.replace('_', '-')}-linux-gnu"
     for name in names:
         if shutil.which(name):
             return name
     raise CompileError(
         f"Linking for {target.name} needs {names[0]}, which is not on the PATH; install it "
-        f"(Debian: apt-get install {'g++' if names[0] == 'g++' else 'g++-' + target.arch.replace('_', '-') + '-linux-gnu'})."
+        f"(Debian: apt-get install {package})."
     )
 
 

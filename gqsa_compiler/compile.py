@@ -331,6 +331,7 @@ class _Weights:
     """The weights of one compilation, as records and as arrays."""
 
     def __init__(self, source: ModelSource, imported: ImportedModel) -> None:
+        self.source = source
         self.imported = imported
         self._layers: dict[str, BSRLayer] = {}
         if source.checkpoint is not None:
@@ -354,14 +355,25 @@ class _Weights:
                 f"The checkpoint has {len(unknown)} compressed layers that the model does not "
                 f"use: {', '.join(unknown[:5])}."
             )
-        return tuple(self._record(name) for name in names)
+        stored = set(self.source.tensor_names())
+        func = next(f for _, f in self.imported.mod.functions_items() if "num_input" in f.attrs)
+        variables = list(func.params)[int(func.attrs["num_input"]) :]
+        return tuple(
+            self._record(name, tuple(int(size) for size in variable.ty.shape), name in stored)
+            for name, variable in zip(names, variables, strict=True)
+        )
 
-    def _record(self, name: str) -> ParamRecord:
+    def _dense_dtype(self, name: str, shape: tuple[int, ...], stored: bool) -> str:
+        if not stored or len(shape) < 2:
+            return "float32"  # norms, biases and rotary tables: small, and read in float32
+        dtype = self.source.dtype(name)
+        # A quantised GGUF decodes to float32; half of that holds all that its few bits said.
+        return "float16" if self.source.kind == "gguf" and dtype == "float32" else dtype
+
+    def _record(self, name: str, shape: tuple[int, ...], stored: bool) -> ParamRecord:
         layer = self._layers.get(name)
         if layer is None:
-            array = self.imported.load(name)
-            dtype = str(array.dtype) if array.ndim >= 2 else "float32"
-            return ParamRecord(name, "dense", dtype, array.shape, nbytes=array.nbytes)
+            return ParamRecord(name, "dense", self._dense_dtype(name, shape, stored), shape)
         counts = layer.indptr[1:] - layer.indptr[:-1]
         return ParamRecord(
             name,
@@ -372,7 +384,6 @@ class _Weights:
             nnz=layer.nnz,
             max_row_nnz=int(counts.max(initial=0)),
             symmetric=layer.symmetric,
-            nbytes=layer.nbytes,
         )
 
 

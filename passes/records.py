@@ -31,8 +31,6 @@ class ParamRecord:
         G, kept groups, and the most kept groups of a row; 0 for dense.
     symmetric : bool
         No stored zero points.
-    nbytes : int
-        Bytes in the checkpoint.
     """
 
     name: str
@@ -43,7 +41,6 @@ class ParamRecord:
     nnz: int = 0
     max_row_nnz: int = 0
     symmetric: bool = False
-    nbytes: int = 0
 
     @property
     def layer(self) -> str:

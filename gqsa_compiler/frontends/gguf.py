@@ -104,6 +104,14 @@ class GGUFSource(ModelSource):
         # GGUF writes the fastest axis first.
         return tuple(int(size) for size in reversed(self._lookup(name).shape))
 
+    def dtype(self, name: str) -> str:
+        """See `ModelSource.dtype`."""
+        return np.dtype(self._dtype(self._lookup(name))).name
+
+    @staticmethod
+    def _dtype(tensor: Any) -> npt.DTypeLike:
+        return _HALF_DTYPES.get(tensor.tensor_type.name, np.float32)
+
     def tensor(self, name: str) -> npt.NDArray[Any]:
         """See `ModelSource.tensor`; quantised tensors are decoded to float32."""
         from gguf import dequantize
@@ -117,8 +125,7 @@ class GGUFSource(ModelSource):
                 "which the gguf package cannot decode."
             ) from error
         processed = self._processor.process(weights=weights, name=tensor.name).weights
-        half = _HALF_DTYPES.get(tensor.tensor_type.name, np.float32)
-        return np.ascontiguousarray(processed, dtype=half)
+        return np.ascontiguousarray(processed, dtype=self._dtype(tensor))
 
     @property
     def disk_bytes(self) -> int:

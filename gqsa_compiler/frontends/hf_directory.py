@@ -16,7 +16,7 @@ from gqsa_compiler.frontends.source import READS, ModelSource
 from gqsa_compiler.frontends.tokenizer import save_directory_tokenizer
 from gqsa_compiler.models.registry import text_config
 
-FLOAT_DTYPES = ("F32", "F16", "BF16")
+FLOAT_DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
 # Text decoders sit under other names in checkpoints of a bare decoder or of a multimodal model.
 _PREFIXES = (
@@ -173,15 +173,20 @@ class HFSource(ModelSource):
         """See `ModelSource.shape`."""
         return self._files.shape_dtype(self._lookup(name))[0]
 
-    def tensor(self, name: str) -> npt.NDArray[Any]:
-        """See `ModelSource.tensor`."""
+    def dtype(self, name: str) -> str:
+        """See `ModelSource.dtype`."""
         stored = self._lookup(name)
         dtype = self._files.shape_dtype(stored)[1]
         if dtype not in FLOAT_DTYPES:
             raise ModelError(
                 f"{self._files.file_of(stored)}: {stored} is stored as {dtype}; {READS}."
             )
-        return self._files.read(stored)
+        return FLOAT_DTYPES[dtype]
+
+    def tensor(self, name: str) -> npt.NDArray[Any]:
+        """See `ModelSource.tensor`."""
+        self.dtype(name)  # refuses what is no float
+        return self._files.read(self._lookup(name))
 
     @property
     def disk_bytes(self) -> int:
@@ -243,6 +248,12 @@ class GQSASource(ModelSource):
         if layer is None:
             return tuple(self.checkpoint.shape_dtype(name)[0])
         return self.checkpoint.layer(layer).shape
+
+    def dtype(self, name: str) -> str:
+        """See `ModelSource.dtype`."""
+        if self._layer_of(name) is not None:
+            return "float32"
+        return str(self.checkpoint.shape_dtype(name)[1].name)
 
     def tensor(self, name: str) -> npt.NDArray[Any]:
         """See `ModelSource.tensor`."""

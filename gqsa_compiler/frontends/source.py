@@ -67,6 +67,16 @@ class ModelSource(ABC):
         """
 
     @abstractmethod
+    def dtype(self, name: str) -> str:
+        """Return the dtype that `tensor` gives, without reading it: ``float16`` and so on.
+
+        Raises
+        ------
+        ModelError
+            The model has no such tensor, or its stored dtype is not a float one.
+        """
+
+    @abstractmethod
     def tensor(self, name: str) -> npt.NDArray[Any]:
         """Read one tensor (float32, float16 or bfloat16); a compressed one is decoded to float32.
 

@@ -1,24 +1,34 @@
 """What the attention kernels share: the shape they are built for and small vector pieces.
 
-The functions here emit TIR when a kernel's TVMScript calls them. They work on explicit vectors
-because the register tiles must be whole LLVM vectors in buffers that LLVM turns into registers:
-TVM keeps a buffer on the stack (where LLVM can do that) below 1024 bytes only, so a tile is a
-list of small buffers.
+Register tiles must be whole LLVM vectors in buffers that LLVM turns into registers: TVM keeps a
+buffer on the stack (where LLVM can do that) below 1024 bytes only, so a tile is a list of small
+buffers.
 """
+
+from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
 
-from gqsa_compiler._tvm import T
+from gqsa_compiler._tvm import B, tvm
 from gqsa_compiler.errors import CompileError
+from gqsa_compiler.schedules.generic.emit import (
+    Buffer,
+    Expr,
+    argument,
+    broadcast,
+    const,
+    extent,
+    local,
+    number,
+    span,
+)
+from gqsa_compiler.schedules.generic.math import power_of_two
 from gqsa_compiler.targets import TargetSpec
 
 # The score of a key that a query does not see, and the lse of a query that sees none.
 MASKED = -1e30
 LOG2_E = 1.0 / math.log(2.0)
-# The kernels are whole: no pass may schedule them. Their arguments do not overlap.
-ATTRS = {"tirx.is_scheduled": True, "tirx.noalias": True}
 _STACK_FLOATS = 255  # TVM's limit of 1024 bytes, exclusive
 
 # Vector lanes -> (query-row vectors, keys) of a score tile: 12 to 24 accumulators fit the registers
@@ -122,71 +132,54 @@ def vector_lanes(target: TargetSpec) -> int:
     return target.vector_bits // 32
 
 
-def tile_buffers(count: int, vectors: int, lanes: int) -> list[Any]:
+def pages_argument(shape: AttentionShape) -> Buffer:
+    """Declare the cache's pages as the function's next argument."""
+    kv_heads, page, dim = shape.num_kv_heads, shape.page_size, shape.head_dim
+    return argument("pages", (extent("num_pages"), 2, kv_heads, page, dim))
+
+
+def table_argument(name: str, *shape: Expr | int) -> Buffer:
+    """Declare an int32 tensor as the next argument; it may begin inside its memory.
+
+    The runtime keeps many small tables in one allocation and passes slices of it.
+    """
+    offset = tvm.tirx.Var(f"{name}_offset", shape[-1].ty)
+    return B.arg(name, B.buffer(shape, "int32", elem_offset=offset))
+
+
+def rope_arguments() -> Expr:
+    """Declare the RoPE numbers that end every attention kernel's arguments; return ``sm_scale``."""
+    number("rotary_mode", "int32")
+    number("rope_scale", "float32")
+    number("rope_theta", "float32")
+    return number("sm_scale", "float32")
+
+
+def tile_buffers(count: int, vectors: int, lanes: int) -> list[Buffer]:
     """Allocate `count` rows of `vectors` vectors as register tiles: one small buffer a row."""
     if vectors * lanes > _STACK_FLOATS:
         raise CompileError(
             f"A register tile of {vectors} vectors of {lanes} floats would not be on the stack."
         )
-    return [T.alloc_buffer((vectors * lanes,), "float32") for _ in range(count)]
+    return [local(vectors * lanes) for _ in range(count)]
 
 
-def vec(index: Any, lanes: int) -> Any:
-    """Return the index of `lanes` consecutive elements."""
-    return index if lanes == 1 else T.ramp(index, 1, lanes)
+vec = span  # the index of `lanes` consecutive elements
 
 
-def splat(value: Any, lanes: int) -> Any:
-    """Return `lanes` copies of a scalar."""
-    return value if lanes == 1 else T.Broadcast(value, lanes)
+def exp2(x: Expr, lanes: int) -> Expr:
+    """Emit 2**x for float32 x of `lanes` lanes, x <= 64; 2**-125 where x is below that."""
+    clamped = B.bind(B.max(x, broadcast(const(-125.0, "float32"), lanes)))
+    whole = B.bind(B.nearbyint(clamped))
+    return power_of_two(whole, B.bind(clamped - whole))
 
 
-def exp2(x: Any, lanes: int) -> Any:
-    """Emit 2**x for float32 x of `lanes` lanes, x <= 64; 2**-125 where x is below that.
-
-    T.exp2 on vectors becomes one libm call a lane. This is a polynomial on [-0.5, 0.5] (Cephes'
-    exp2f, relative error below 2e-7) with the integer part added to the exponent's bits.
-    """
-    suffix = "" if lanes == 1 else f"x{lanes}"
-
-    def const(value: float) -> Any:
-        return splat(T.float32(value), lanes)
-
-    clamped = T.Bind(T.max(x, const(-125.0)))
-    # One vector instruction. Rounding by adding 1.5 * 2**23 does not survive TVM's simplifier.
-    whole = T.Bind(T.nearbyint(clamped))
-    fraction = T.Bind(clamped - whole)
-    poly = const(1.535336188319500e-4)
-    for coefficient in (
-        1.339887440266574e-3,
-        9.618437357674640e-3,
-        5.550332471162809e-2,
-        2.402264791363012e-1,
-        6.931472028550421e-1,
-        1.0,
-    ):
-        poly = poly * fraction + const(coefficient)
-    exponent = T.shift_left(T.Cast(f"int32{suffix}", whole), splat(T.int32(23), lanes))
-    return T.Bind(
-        T.reinterpret(f"float32{suffix}", T.reinterpret(f"int32{suffix}", poly) + exponent)
-    )
-
-
-def _horizontal(x: Any, lanes: int, combine: Any) -> Any:
+def horizontal_max(x: Expr, lanes: int) -> Expr:
+    """Emit the maximum of the lanes (a power of two) of a bound vector."""
     while lanes > 1:
         half = lanes // 2
-        low = T.Shuffle([x], list(range(half)))
-        high = T.Shuffle([x], list(range(half, lanes)))
-        x = T.Bind(combine(low, high))
+        low = B.Shuffle([x], list(range(half)))
+        high = B.Shuffle([x], list(range(half, lanes)))
+        x = B.bind(B.max(low, high))
         lanes = half
     return x
-
-
-def horizontal_sum(x: Any, lanes: int) -> Any:
-    """Emit the sum of the lanes (a power of two) of a bound vector, halving it each time."""
-    return _horizontal(x, lanes, lambda low, high: low + high)
-
-
-def horizontal_max(x: Any, lanes: int) -> Any:
-    """Emit the maximum of the lanes (a power of two) of a bound vector."""
-    return _horizontal(x, lanes, T.max)

@@ -5,218 +5,43 @@ heads that share it, and a share of one sequence's pages ("flash decoding"); the
 results are merged at the end. Vectors run along the features of a head.
 """
 
+from __future__ import annotations
+
+from dataclasses import dataclass
 from typing import Any
 
-from gqsa_compiler._tvm import T
+from gqsa_compiler._tvm import B
 from gqsa_compiler.schedules.generic.attention_common import (
-    ATTRS,
     LOG2_E,
     MASKED,
     AttentionShape,
     exp2,
     horizontal_max,
-    horizontal_sum,
     largest_divisor,
-    splat,
+    pages_argument,
+    rope_arguments,
+    table_argument,
     tile_buffers,
     vec,
+)
+from gqsa_compiler.schedules.generic.emit import (
+    Buffer,
+    Expr,
+    argument,
+    broadcast,
+    const,
+    extent,
+    int64,
+    load,
+    local,
+    row_sum,
+    scheduled,
+    store,
 )
 
 _SHARE = 128  # keys of a share: few enough to split some hundred keys between cores
 _KEYS = 4  # keys of a score tile, at most
 _HEADS = 8  # query heads of a register tile, at most
-
-
-class _State:
-    """The buffers of one task; made where its TVMScript stands."""
-
-    def __init__(self, shape: AttentionShape) -> None:
-        self.queries = T.alloc_buffer((shape.group, shape.head_dim), "float32")
-        self.scores = T.alloc_buffer((shape.group, shape.page_size), "float32")
-        # What the last page rescales the earlier ones by.
-        self.factor = T.alloc_buffer((shape.group,), "float32")
-
-
-class _Partial:
-    """What every share has found: unscaled outputs, maxima, sums of exponentials."""
-
-    def __init__(self, shape: AttentionShape, shares: Any) -> None:
-        self.out = T.alloc_buffer((shares, shape.num_heads, shape.head_dim), "float32")
-        self.top = T.alloc_buffer((shares, shape.num_heads), "float32")
-        self.total = T.alloc_buffer((shares, shape.num_heads), "float32")
-
-
-class _Tiles:
-    """The vector code of a page; every method emits statements."""
-
-    def __init__(self, shape: AttentionShape) -> None:
-        self.shape = shape
-        self.lanes = shape.feature_lanes
-        self.steps = shape.head_dim // self.lanes
-        self.heads = largest_divisor(shape.group, _HEADS)
-        vectors = max(1, shape.accumulators // self.heads)
-        self.keys = min(_KEYS, vectors)
-        self.width = largest_divisor(self.steps, vectors)
-
-    def _at(self, i: Any) -> Any:
-        return vec(i * self.lanes, self.lanes)
-
-    def scores(self, state: _State, pages: Any, page: Any, h: Any, j: Any, count: int) -> None:
-        """Scores of keys j : j + count of a page."""
-        with T.serial(self.shape.group // self.heads) as t:
-            acc = tile_buffers(self.heads, count, self.lanes)
-            for buffer in acc:
-                for i in range(count):
-                    T.buffer_store(buffer, splat(T.float32(0), self.lanes), [self._at(i)])
-            with T.serial(self.steps) as s:
-                lines = [T.Bind(pages[page, 0, h, j + i, self._at(s)]) for i in range(count)]
-                for g, buffer in enumerate(acc):
-                    query = T.Bind(state.queries[t * self.heads + g, self._at(s)])
-                    for i, line in enumerate(lines):
-                        T.buffer_store(buffer, buffer[self._at(i)] + query * line, [self._at(i)])
-            for g, buffer in enumerate(acc):
-                for i in range(count):
-                    total = horizontal_sum(T.Bind(buffer[self._at(i)]), self.lanes)
-                    T.buffer_store(state.scores, total, [t * self.heads + g, j + i])
-
-    def weights(self, state: _State, partial: _Partial, s: Any, g: Any, head: Any) -> None:
-        """A head's new maximum, the page's weights, the sum and the rescaling."""
-        lanes = self.shape.page_lanes
-        spots = [vec(i * lanes, lanes) for i in range(self.shape.page_size // lanes)]
-        biggest = T.Bind(state.scores[g, spots[0]])
-        for spot in spots[1:]:
-            biggest = T.Bind(T.max(biggest, state.scores[g, spot]))
-        top = T.Bind(T.max(partial.top[s, head], horizontal_max(biggest, lanes)))
-        factor = exp2(partial.top[s, head] - top, 1)
-        total: Any = None
-        for spot in spots:
-            weight = exp2(state.scores[g, spot] - splat(top, lanes), lanes)
-            T.buffer_store(state.scores, weight, [g, spot])
-            total = weight if total is None else T.Bind(total + weight)
-        total = partial.total[s, head] * factor + horizontal_sum(total, lanes)
-        T.buffer_store(partial.total, total, [s, head])
-        T.buffer_store(partial.top, top, [s, head])
-        T.buffer_store(state.factor, factor, [g])
-
-    def outputs(
-        self, state: _State, partial: _Partial, pages: Any, page: Any, s: Any, h: Any, keys: Any
-    ) -> None:
-        """Emit out = out * factor + the sum over keys of weight * V, for the whole group."""
-        begin, end = keys
-        with T.serial(self.shape.group // self.heads) as t, T.serial(self.steps // self.width) as f:
-            columns = [self._at(f * self.width + w) for w in range(self.width)]
-            first = h * self.shape.group + t * self.heads
-            acc = tile_buffers(self.heads, self.width, self.lanes)
-            for g, buffer in enumerate(acc):
-                factor = T.Bind(splat(state.factor[t * self.heads + g], self.lanes))
-                for w, column in enumerate(columns):
-                    old = partial.out[s, first + g, column]
-                    T.buffer_store(buffer, old * factor, [self._at(w)])
-            with T.serial(end - begin) as i:
-                lines = [T.Bind(pages[page, 1, h, begin + i, column]) for column in columns]
-                for g, buffer in enumerate(acc):
-                    weight = splat(state.scores[t * self.heads + g, begin + i], self.lanes)
-                    weight = T.Bind(weight)
-                    for w, line in enumerate(lines):
-                        T.buffer_store(buffer, buffer[self._at(w)] + weight * line, [self._at(w)])
-            for g, buffer in enumerate(acc):
-                for w, column in enumerate(columns):
-                    T.buffer_store(partial.out, buffer[self._at(w)], [s, first + g, column])
-
-
-def _share(shape: AttentionShape) -> Any:
-    """Return the macro of one task: a share of a sequence's pages, for one key/value head."""
-    group, page, page_lanes = shape.group, shape.page_size, shape.page_lanes
-    tiles = _Tiles(shape)
-    lanes, steps, keys = tiles.lanes, tiles.steps, tiles.keys
-
-    @T.macro
-    def one_page(
-        state: Any, partial: Any, pages: Any, number: Any, begin: Any, end: Any, s: Any, h: Any
-    ) -> None:
-        # Keys begin:end of the page; the other scores weigh nothing.
-        for g, i in T.grid(group, page // page_lanes):
-            for x in T.vectorized(page_lanes):
-                state.scores[g, i * page_lanes + x] = T.float32(MASKED)
-        for i in T.serial((end - begin) // keys):
-            tiles.scores(state, pages, number, h, begin + i * keys, keys)
-        for i in T.serial((end - begin) % keys):
-            tiles.scores(state, pages, number, h, end - 1 - i, 1)
-        for g in T.serial(group):
-            tiles.weights(state, partial, s, g, h * group + g)
-        tiles.outputs(state, partial, pages, number, s, h, [begin, end])
-
-    @T.macro
-    def share(
-        q: Any,
-        sm_scale: Any,
-        pages: Any,
-        page_values: Any,
-        page_begin: Any,
-        span: Any,
-        low: Any,
-        kv_len: Any,
-        partial: Any,
-        b: Any,
-        s: Any,
-        h: Any,
-    ) -> None:
-        # Pages span[0]:span[1] and in them the keys low + 1 : kv_len; the result is number s.
-        state = T.meta_var(_State(shape))
-        scale: T.let[T.float32] = T.max(sm_scale, -sm_scale) * T.float32(LOG2_E)
-        for g, i in T.grid(group, steps):
-            for x in T.vectorized(lanes):
-                state.queries[g, i * lanes + x] = q[b, h * group + g, i * lanes + x] * scale
-                partial.out[s, h * group + g, i * lanes + x] = T.float32(0)
-        for g in T.serial(group):
-            partial.top[s, h * group + g] = T.float32(MASKED)
-            partial.total[s, h * group + g] = T.float32(0)
-        for i in T.serial(span[1] - span[0]):
-            first: T.let[T.int32] = (span[0] + i) * page
-            number: T.let[T.int64] = T.Cast("int64", page_values[page_begin + span[0] + i])
-            begin: T.let[T.int32] = T.max(low + 1 - first, 0)
-            end: T.let[T.int32] = T.min(kv_len - first, page)
-            one_page(state, partial, pages, number, begin, end, s, h)
-
-    return share
-
-
-def _merge(shape: AttentionShape) -> Any:
-    """Return the macro that merges the shares begin:end of a head."""
-    lanes = shape.feature_lanes
-    steps = shape.head_dim // lanes
-
-    @T.macro
-    def merge(partial: Any, begin: Any, end: Any, output: Any, lse: Any, b: Any, head: Any) -> None:
-        top = T.alloc_buffer((1,), "float32")
-        total = T.alloc_buffer((1,), "float32")
-        top[0] = T.float32(MASKED)
-        total[0] = T.float32(0)
-        for s in T.serial(begin, end):
-            top[0] = T.max(top[0], partial.top[s, head])
-        for i in T.serial(steps):
-            for x in T.vectorized(lanes):
-                output[b, head, i * lanes + x] = T.float32(0)
-        for s in T.serial(begin, end):
-            weight = T.meta_var(exp2(partial.top[s, head] - top[0], 1))
-            total[0] = total[0] + weight * partial.total[s, head]
-            for i in T.serial(steps):
-                for x in T.vectorized(lanes):
-                    output[b, head, i * lanes + x] = (
-                        output[b, head, i * lanes + x]
-                        + weight * partial.out[s, head, i * lanes + x]
-                    )
-        inverse: T.let[T.float32] = T.if_then_else(
-            total[0] > T.float32(0), T.float32(1) / total[0], T.float32(0)
-        )
-        for i in T.serial(steps):
-            for x in T.vectorized(lanes):
-                output[b, head, i * lanes + x] = output[b, head, i * lanes + x] * inverse
-        lse[b, head] = T.if_then_else(
-            total[0] > T.float32(0), top[0] + T.log2(total[0]), T.float32(MASKED)
-        )
-
-    return merge
 
 
 def attention_decode(shape: AttentionShape) -> Any:
@@ -235,91 +60,238 @@ def attention_decode(shape: AttentionShape) -> Any:
     """
     heads, kv_heads, dim = shape.num_heads, shape.num_kv_heads, shape.head_dim
     page, window = shape.page_size, shape.window
-    share = _share(shape)
-    merge = _merge(shape)
-
-    @T.prim_func(s_tir=True)
-    def attention_decode_paged(
-        q_h: T.handle,
-        pages_h: T.handle,
-        page_indptr_h: T.handle,
-        page_values_h: T.handle,
-        length_h: T.handle,
-        offset_h: T.handle,
-        position_h: T.handle,
-        output_h: T.handle,
-        lse_h: T.handle,
-        rotary_mode: T.int32,
-        rope_scale: T.float32,
-        rope_theta: T.float32,
-        sm_scale: T.float32,
-    ) -> None:
-        T.func_attr(ATTRS)
-        batch = T.int32()
-        num_pages = T.int64()
-        used_pages = T.int32()
-        page_indptr_at = T.int32()
-        page_values_at = T.int32()
-        length_at = T.int32()
-        position_at = T.int32()
-        offset_at = T.int32()
-        q = T.match_buffer(q_h, (batch, heads, dim), "float32")
-        pages = T.match_buffer(pages_h, (num_pages, 2, kv_heads, page, dim), "float32")
-        page_indptr = T.match_buffer(
-            page_indptr_h, (batch + 1,), "int32", elem_offset=page_indptr_at
-        )
-        page_values = T.match_buffer(
-            page_values_h, (used_pages,), "int32", elem_offset=page_values_at
-        )
-        length = T.match_buffer(length_h, (batch,), "int32", elem_offset=length_at)
-        offset = T.match_buffer(offset_h, (batch,), "int32", elem_offset=offset_at)
-        position = T.match_buffer(position_h, (batch,), "int32", elem_offset=position_at)
-        output = T.match_buffer(output_h, (batch, heads, dim), "float32")
-        lse = T.match_buffer(lse_h, (batch, heads), "float32")
+    batch, used_pages = extent("batch", "int32"), extent("used_pages", "int32")
+    with scheduled() as builder:
+        q = argument("q", (batch, heads, dim))
+        pages = pages_argument(shape)
+        page_indptr = table_argument("page_indptr", batch + 1)
+        page_values = table_argument("page_values", used_pages)
+        length = table_argument("length", batch)
+        offset = table_argument("offset", batch)
+        position = table_argument("position", batch)
+        output = argument("output", (batch, heads, dim))
+        lse = argument("lse", (batch, heads))
+        sm_scale = rope_arguments()
         # The keys a sequence sees, low + 1 : kv_len of its pages, and its first share.
-        low = T.alloc_buffer((batch,), "int32")
-        kv_len = T.alloc_buffer((batch,), "int32")
-        shares = T.alloc_buffer((batch + 1,), "int32")
-        partial = T.meta_var(_Partial(shape, used_pages * page // _SHARE + batch))
-        shares[0] = 0
-        for b in T.serial(batch):
-            count: T.let[T.int32] = page_indptr[b + 1] - page_indptr[b]
-            kv_len[b] = T.if_then_else(count > 0, (count - 1) * page + length[b], 0)
-            low[b] = -1
-            if window > 0:
-                if sm_scale < T.float32(0):
-                    low[b] = T.max(position[b] - offset[b] - window, -1)
-            shares[b + 1] = shares[b] + (T.max(kv_len[b] - low[b] - 1, 0) + _SHARE - 1) // _SHARE
-        tasks: T.let[T.int32] = shares[batch] * kv_heads
-        for task in T.parallel(tasks):
-            sequence = T.alloc_buffer((1,), "int32")
-            span = T.alloc_buffer((2,), "int32")
-            s: T.let[T.int32] = task // kv_heads
-            sequence[0] = 0
-            while shares[sequence[0] + 1] <= s:
-                sequence[0] = sequence[0] + 1
-            own: T.let[T.int32] = sequence[0]
-            begin: T.let[T.int32] = (low[own] + 1) // page
-            many: T.let[T.int32] = (kv_len[own] + page - 1) // page - begin
-            number: T.let[T.int32] = s - shares[own]
-            of: T.let[T.int32] = shares[own + 1] - shares[own]
-            span[0] = begin + many * number // of
-            span[1] = begin + many * (number + 1) // of
-            share(
-                q,
-                sm_scale,
-                pages,
-                page_values,
-                page_indptr[own],
-                span,
-                low[own],
-                kv_len[own],
-                partial,
-                own,
-                s,
-                task % kv_heads,
+        low = B.alloc_buffer((batch,), "int32")
+        kv_len = B.alloc_buffer((batch,), "int32")
+        shares = B.alloc_buffer((batch + 1,), "int32")
+        partial = _Partial(shape, B.floordiv(used_pages * page, _SHARE) + batch)
+        store(shares, const(0, "int32"), 0)
+        with B.serial(batch) as b:
+            count = B.bind(load(page_indptr, b + 1) - load(page_indptr, b))
+            filled = (count - 1) * page + load(length, b)
+            keys = B.bind(B.if_then_else(count > 0, filled, 0))
+            before = const(-1, "int32")
+            if window:
+                slides = sm_scale < const(0.0, "float32")
+                start = B.max(load(position, b) - load(offset, b) - window, -1)
+                before = B.bind(B.if_then_else(slides, start, before))
+            store(kv_len, keys, b)
+            store(low, before, b)
+            own = B.floordiv(B.max(keys - before - 1, 0) + (_SHARE - 1), _SHARE)
+            store(shares, load(shares, b) + own, b + 1)
+        with B.parallel(load(shares, batch) * kv_heads) as task:
+            s = B.bind(B.floordiv(task, kv_heads))
+            b = _sequence_of(shares, s)
+            keys = (B.bind(load(low, b) + 1), B.bind(load(kv_len, b)))
+            first = B.bind(B.floordiv(keys[0], page))
+            many = B.bind(B.floordiv(keys[1] + (page - 1), page) - first)
+            number = B.bind(s - load(shares, b))
+            of = B.bind(load(shares, b + 1) - load(shares, b))
+            span = (
+                B.bind(first + B.floordiv(many * number, of)),
+                B.bind(first + B.floordiv(many * (number + 1), of)),
             )
-        for b, head in T.grid(batch, heads):
-            merge(partial, shares[b], shares[b + 1], output, lse, b, head)
+            page_begin = B.bind(load(page_indptr, b))
+            share = _Share(shape, pages, partial, s, B.bind(B.floormod(task, kv_heads)))
+            share.begin(q, b, sm_scale)
+            with B.serial(span[1] - span[0]) as i:
+                at = B.bind(span[0] + i)
+                share.page(B.bind(int64(load(page_values, page_begin + at))), at * page, keys)
+        with B.grid(batch, heads) as (b, head):
+            partial.merge(load(shares, b), load(shares, b + 1), output, lse, b, head)
+    return builder.get()
 
-    return attention_decode_paged
+
+def _sequence_of(shares: Buffer, s: Expr) -> Expr:
+    """Find the sequence that share `s` is of."""
+    sequence = local(1, "int32")
+    store(sequence, const(0, "int32"), 0)
+    with B.While(load(shares, load(sequence, 0) + 1) <= s):
+        store(sequence, load(sequence, 0) + 1, 0)
+    return B.bind(load(sequence, 0))
+
+
+class _Partial:
+    """What every share has found: unscaled outputs, maxima, sums of exponentials."""
+
+    def __init__(self, shape: AttentionShape, shares: Expr) -> None:
+        self.shape = shape
+        self.out = B.alloc_buffer((shares, shape.num_heads, shape.head_dim), "float32")
+        self.top = B.alloc_buffer((shares, shape.num_heads), "float32")
+        self.total = B.alloc_buffer((shares, shape.num_heads), "float32")
+
+    def merge(
+        self, begin: Expr, end: Expr, output: Buffer, lse: Buffer, b: Expr, head: Expr
+    ) -> None:
+        """Merge a head's shares begin:end."""
+        lanes = self.shape.feature_lanes
+        steps = self.shape.head_dim // lanes
+        zero = const(0.0, "float32")
+        top, total = local(1), local(1)
+        store(top, const(MASKED, "float32"), 0)
+        store(total, zero, 0)
+        with B.serial(begin, end) as s:
+            store(top, B.max(load(top, 0), load(self.top, s, head)), 0)
+        with B.serial(steps) as i:
+            store(output, broadcast(zero, lanes), b, head, i * lanes, lanes=lanes)
+        with B.serial(begin, end) as s:
+            weight = exp2(load(self.top, s, head) - load(top, 0), 1)
+            store(total, load(total, 0) + weight * load(self.total, s, head), 0)
+            with B.serial(steps) as i:
+                old = load(output, b, head, i * lanes, lanes=lanes)
+                more = broadcast(weight, lanes) * load(self.out, s, head, i * lanes, lanes=lanes)
+                store(output, old + more, b, head, i * lanes, lanes=lanes)
+        found = load(total, 0) > zero
+        inverse = B.bind(B.if_then_else(found, const(1.0, "float32") / load(total, 0), zero))
+        with B.serial(steps) as i:
+            value = load(output, b, head, i * lanes, lanes=lanes) * broadcast(inverse, lanes)
+            store(output, value, b, head, i * lanes, lanes=lanes)
+        value = load(top, 0) + B.log2(load(total, 0))
+        store(lse, B.if_then_else(found, value, const(MASKED, "float32")), b, head)
+
+
+@dataclass(frozen=True)
+class _Tiling:
+    """How the heads of a group, a page's keys and a head's features are cut into tiles."""
+
+    lanes: int
+    steps: int
+    heads: int
+    keys: int
+    width: int
+
+    @classmethod
+    def of(cls, shape: AttentionShape) -> _Tiling:
+        """Cut so that a tile fits the registers."""
+        lanes = shape.feature_lanes
+        steps = shape.head_dim // lanes
+        heads = largest_divisor(shape.group, _HEADS)
+        vectors = max(1, shape.accumulators // heads)
+        return cls(lanes, steps, heads, min(_KEYS, vectors), largest_divisor(steps, vectors))
+
+
+class _Share:
+    """One task: share `s` of a sequence's pages, for key/value head `h`; methods emit code."""
+
+    def __init__(
+        self, shape: AttentionShape, pages: Buffer, partial: _Partial, s: Expr, h: Expr
+    ) -> None:
+        self.shape, self.tiling = shape, _Tiling.of(shape)
+        self.pages, self.partial, self.s, self.h = pages, partial, s, h
+        self.queries = B.alloc_buffer((shape.group, shape.head_dim), "float32")
+        self.scores = B.alloc_buffer((shape.group, shape.page_size), "float32")
+        # What the last page rescales the earlier ones by.
+        self.factor = local(shape.group)
+
+    def _at(self, i: Expr | int) -> Expr:
+        return vec(i * self.tiling.lanes, self.tiling.lanes)
+
+    def begin(self, q: Buffer, b: Expr, sm_scale: Expr) -> None:
+        """Scale the queries; no key has been seen."""
+        tiling, partial, s = self.tiling, self.partial, self.s
+        zero = const(0.0, "float32")
+        scale = B.bind(B.max(sm_scale, -sm_scale) * const(LOG2_E, "float32"))
+        with B.serial(self.shape.group) as g:
+            head = B.bind(self.h * self.shape.group + g)
+            with B.serial(tiling.steps) as i:
+                query = load(q, b, head, self._at(i)) * broadcast(scale, tiling.lanes)
+                store(self.queries, query, g, self._at(i))
+                store(partial.out, broadcast(zero, tiling.lanes), s, head, self._at(i))
+            store(partial.top, const(MASKED, "float32"), s, head)
+            store(partial.total, zero, s, head)
+
+    def page(self, number: Expr, first: Expr, keys: tuple[Expr, Expr]) -> None:
+        """Take in page `number`, whose first key is `first`, as far as it is in keys[0]:keys[1]."""
+        shape, tile = self.shape, self.tiling.keys
+        first = B.bind(first)
+        begin = B.bind(B.max(keys[0] - first, 0))
+        end = B.bind(B.min(keys[1] - first, shape.page_size))
+        masked = broadcast(const(MASKED, "float32"), shape.page_lanes)
+        with B.grid(shape.group, shape.page_size // shape.page_lanes) as (g, i):
+            at = i * shape.page_lanes
+            store(self.scores, masked, g, at, lanes=shape.page_lanes)
+        with B.serial(B.floordiv(end - begin, tile)) as i:
+            self._scores(number, B.bind(begin + i * tile), tile)
+        with B.serial(B.floormod(end - begin, tile)) as i:
+            self._scores(number, B.bind(end - 1 - i), 1)
+        with B.serial(shape.group) as g:
+            self._weights(g, B.bind(self.h * shape.group + g))
+        self._outputs(number, begin, end)
+
+    def _scores(self, page: Expr, j: Expr, count: int) -> None:
+        """Scores of keys j : j + count of a page."""
+        tiling = self.tiling
+        with B.serial(self.shape.group // tiling.heads) as t:
+            acc = tile_buffers(tiling.heads, count, tiling.lanes)
+            for buffer in acc:
+                for i in range(count):
+                    store(buffer, broadcast(const(0.0, "float32"), tiling.lanes), self._at(i))
+            with B.serial(tiling.steps) as s:
+                column = self._at(s)
+                lines = [
+                    B.bind(load(self.pages, page, 0, self.h, j + i, column)) for i in range(count)
+                ]
+                for g, buffer in enumerate(acc):
+                    query = B.bind(load(self.queries, t * tiling.heads + g, column))
+                    for i, line in enumerate(lines):
+                        store(buffer, load(buffer, self._at(i)) + query * line, self._at(i))
+            for g, buffer in enumerate(acc):
+                for i in range(count):
+                    total = row_sum(B.bind(load(buffer, self._at(i))), tiling.lanes)
+                    store(self.scores, total, t * tiling.heads + g, j + i)
+
+    def _weights(self, g: Expr, head: Expr) -> None:
+        """A head's new maximum, the page's weights, the sum and the rescaling."""
+        partial, s, lanes = self.partial, self.s, self.shape.page_lanes
+        spots = [vec(i * lanes, lanes) for i in range(self.shape.page_size // lanes)]
+        biggest = B.bind(load(self.scores, g, spots[0]))
+        for spot in spots[1:]:
+            biggest = B.bind(B.max(biggest, load(self.scores, g, spot)))
+        old = B.bind(load(partial.top, s, head))
+        top = B.bind(B.max(old, horizontal_max(biggest, lanes)))
+        factor = exp2(old - top, 1)
+        total: Expr = None
+        for spot in spots:
+            weight = exp2(load(self.scores, g, spot) - broadcast(top, lanes), lanes)
+            store(self.scores, weight, g, spot)
+            total = weight if total is None else B.bind(total + weight)
+        total = load(partial.total, s, head) * factor + row_sum(total, lanes)
+        store(partial.total, total, s, head)
+        store(partial.top, top, s, head)
+        store(self.factor, factor, g)
+
+    def _outputs(self, page: Expr, begin: Expr, end: Expr) -> None:
+        """Emit out = out * factor + the sum over keys of weight * V, for the whole group."""
+        tiling, out = self.tiling, self.partial.out
+        grid = (self.shape.group // tiling.heads, tiling.steps // tiling.width)
+        with B.grid(*grid) as (t, f):
+            columns = [self._at(f * tiling.width + w) for w in range(tiling.width)]
+            heads = [t * tiling.heads + g for g in range(tiling.heads)]
+            firsts = [(self.s, self.h * self.shape.group + g) for g in heads]
+            acc = tile_buffers(tiling.heads, tiling.width, tiling.lanes)
+            for g, at, buffer in zip(heads, firsts, acc, strict=True):
+                factor = B.bind(broadcast(load(self.factor, g), tiling.lanes))
+                for w, column in enumerate(columns):
+                    store(buffer, load(out, *at, column) * factor, self._at(w))
+            with B.serial(end - begin) as i:
+                line = (page, 1, self.h, begin + i)
+                lines = [B.bind(load(self.pages, *line, column)) for column in columns]
+                for g, buffer in zip(heads, acc, strict=True):
+                    weight = B.bind(broadcast(load(self.scores, g, begin + i), tiling.lanes))
+                    for w, value in enumerate(lines):
+                        store(buffer, load(buffer, self._at(w)) + weight * value, self._at(w))
+            for at, buffer in zip(firsts, acc, strict=True):
+                for w, column in enumerate(columns):
+                    store(out, load(buffer, self._at(w)), *at, column)

@@ -5,141 +5,43 @@ query heads that share a key/value head), transposes their queries once, and wal
 in blocks with a running softmax.
 """
 
+from __future__ import annotations
+
 from dataclasses import dataclass
 from typing import Any
 
-from gqsa_compiler._tvm import T
-from gqsa_compiler.schedules.generic.attention_common import ATTRS, LOG2_E, MASKED, AttentionShape
+from gqsa_compiler._tvm import B
+from gqsa_compiler.schedules.generic.attention_common import (
+    LOG2_E,
+    MASKED,
+    AttentionShape,
+    pages_argument,
+    rope_arguments,
+    table_argument,
+)
 from gqsa_compiler.schedules.generic.attention_prefill_tiles import (
     FEATURES,
+    Reader,
     State,
     Tiles,
     paged_reader,
     ragged_reader,
 )
+from gqsa_compiler.schedules.generic.emit import (
+    Buffer,
+    Expr,
+    argument,
+    const,
+    extent,
+    load,
+    local,
+    number,
+    scheduled,
+    store,
+)
 
 _RAGGED_BLOCK = 32  # keys of a block where no page sets it
 _INT_MAX = 2**31 - 1
-
-
-@dataclass(frozen=True)
-class _Operands:
-    """The arguments that both kernels have."""
-
-    q: Any
-    q_indptr: Any
-    position: Any
-    offset: Any
-    output: Any
-    lse: Any
-    causal: Any
-    sm_scale: Any
-
-
-def _attend(shape: AttentionShape, block: int) -> tuple[Any, Any, Any]:
-    """Return the macros that count a batch's tiles of rows, find one, and compute it."""
-    dim, group, rows = shape.head_dim, shape.group, shape.rows
-    window, key_tile = shape.window, shape.key_tile
-    tiles = Tiles(shape)
-
-    @T.macro
-    def count_tiles(q_indptr: Any, batch: Any, count: Any) -> None:
-        count[0] = 0
-        for b in T.serial(batch):
-            count[0] = count[0] + ((q_indptr[b + 1] - q_indptr[b]) * group + rows - 1) // rows
-
-    @T.macro
-    def find_tile(q_indptr: Any, batch: Any, number: Any, place: Any) -> None:
-        # place = (sequence, the tile's first row in it, tiles of the sequences before).
-        place[2] = 0
-        for b in T.serial(batch):
-            own: T.let[T.int32] = ((q_indptr[b + 1] - q_indptr[b]) * group + rows - 1) // rows
-            if number >= place[2] and number < place[2] + own:
-                place[0] = b
-                place[1] = (number - place[2]) * rows
-            place[2] = place[2] + own
-
-    @T.macro
-    def load_rows(
-        args: Any, state: Any, begin: Any, base: Any, row0: Any, last: Any, h: Any, kv_len: Any
-    ) -> None:
-        scale: T.let[T.float32] = T.max(args.sm_scale, -args.sm_scale) * T.float32(LOG2_E)
-        state.bounds[0] = T.int32(_INT_MAX)
-        state.bounds[1] = T.int32(-_INT_MAX)
-        state.bounds[2] = T.int32(_INT_MAX)
-        state.bounds[3] = T.int32(-_INT_MAX)
-        for r in T.serial(rows):
-            # Rows past the end repeat the last one; they are not stored.
-            row: T.let[T.int32] = T.min(row0 + r, last)
-            token: T.let[T.int32] = begin + row // group
-            head: T.let[T.int32] = h * group + row % group
-            at: T.let[T.int32] = args.position[token] - base
-            for d in T.serial(dim):
-                state.queries[d, r] = args.q[token, head, d] * scale
-            state.high[r] = T.min(kv_len - 1, T.if_then_else(args.causal > 0, at, kv_len))
-            state.low[r] = T.int32(-1)
-            if window > 0:
-                if args.sm_scale < T.float32(0):
-                    state.low[r] = at - window
-            state.bounds[0] = T.min(state.bounds[0], state.low[r])
-            state.bounds[1] = T.max(state.bounds[1], state.low[r])
-            state.bounds[2] = T.min(state.bounds[2], state.high[r])
-            state.bounds[3] = T.max(state.bounds[3], state.high[r])
-        for r in T.vectorized(rows):
-            state.top[r] = T.float32(MASKED)
-            state.total[r] = T.float32(0)
-        for d in T.serial(dim):
-            for r in T.vectorized(rows):
-                state.out[d, r] = T.float32(0)
-
-    @T.macro
-    def key_block(state: Any, first: Any, count: Any, key: Any, value: Any) -> None:
-        # Whole tiles of scores, then one key at a time.
-        for t in T.serial(count // key_tile):
-            tiles.scores(state, t * key_tile, key_tile, key)
-        for t in T.serial(count % key_tile):
-            tiles.scores(state, count // key_tile * key_tile + t, 1, key)
-        if first + count - 1 > state.bounds[2] or first <= state.bounds[1]:
-            for j in T.serial(count):
-                tiles.mask(state, j, first + j)
-        tiles.new_maximum(state, count)
-        tiles.weights(state, count)
-        for t in T.serial(dim // FEATURES):
-            tiles.outputs(state, t * FEATURES, count, value)
-
-    @T.macro
-    def store_rows(args: Any, state: Any, begin: Any, row0: Any, last: Any, h: Any) -> None:
-        for r in T.serial(T.min(rows, last + 1 - row0)):
-            token: T.let[T.int32] = begin + (row0 + r) // group
-            head: T.let[T.int32] = h * group + (row0 + r) % group
-            inverse: T.let[T.float32] = T.if_then_else(
-                state.total[r] > T.float32(0), T.float32(1) / state.total[r], T.float32(0)
-            )
-            for d in T.serial(dim):
-                args.output[token, head, d] = state.out[d, r] * inverse
-            args.lse[token, head] = T.if_then_else(
-                state.total[r] > T.float32(0),
-                state.top[r] + T.log2(state.total[r]),
-                T.float32(MASKED),
-            )
-
-    @T.macro
-    def attend(args: Any, place: Any, h: Any, kv_len: Any, read: Any) -> None:
-        state = T.meta_var(State(shape, block))
-        b: T.let[T.int32] = place[0]
-        row0: T.let[T.int32] = place[1]
-        begin: T.let[T.int32] = args.q_indptr[b]
-        last: T.let[T.int32] = (args.q_indptr[b + 1] - begin) * group - 1
-        load_rows(args, state, begin, args.offset[b], row0, last, h, kv_len)
-        start: T.let[T.int32] = T.max(state.bounds[0] + 1, 0) // block
-        stop: T.let[T.int32] = T.max((state.bounds[3] + block) // block, start)
-        for step in T.serial(stop - start):
-            first: T.let[T.int32] = (start + step) * block
-            reader = T.meta_var(read(first))
-            key_block(state, first, T.min(block, kv_len - first), reader[0], reader[1])
-        store_rows(args, state, begin, row0, last, h)
-
-    return count_tiles, find_tile, attend
 
 
 def attention_prefill(shape: AttentionShape, paged: bool) -> Any:
@@ -165,130 +67,192 @@ def attention_prefill(shape: AttentionShape, paged: bool) -> Any:
 
 
 def _ragged(shape: AttentionShape) -> Any:
-    heads, kv_heads, dim = shape.num_heads, shape.num_kv_heads, shape.head_dim
-    count_tiles, find_tile, attend = _attend(shape, _RAGGED_BLOCK)
-
-    @T.prim_func(s_tir=True)
-    def attention_prefill_ragged(
-        q_h: T.handle,
-        q_indptr_h: T.handle,
-        k_h: T.handle,
-        v_h: T.handle,
-        kv_indptr_h: T.handle,
-        position_h: T.handle,
-        offset_h: T.handle,
-        output_h: T.handle,
-        lse_h: T.handle,
-        causal: T.int32,
-        rotary_mode: T.int32,
-        rope_scale: T.float32,
-        rope_theta: T.float32,
-        sm_scale: T.float32,
-    ) -> None:
-        T.func_attr(ATTRS)
-        batch = T.int32()
-        tokens = T.int32()
-        kv_total = T.int32()
-        q_indptr_at = T.int32()
-        kv_indptr_at = T.int32()
-        position_at = T.int32()
-        offset_at = T.int32()
-        q = T.match_buffer(q_h, (tokens, heads, dim), "float32")
-        q_indptr = T.match_buffer(q_indptr_h, (batch + 1,), "int32", elem_offset=q_indptr_at)
-        k = T.match_buffer(k_h, (kv_total, kv_heads, dim), "float32")
-        v = T.match_buffer(v_h, (kv_total, kv_heads, dim), "float32")
-        kv_indptr = T.match_buffer(kv_indptr_h, (batch + 1,), "int32", elem_offset=kv_indptr_at)
-        position = T.match_buffer(position_h, (tokens,), "int32", elem_offset=position_at)
-        offset = T.match_buffer(offset_h, (batch,), "int32", elem_offset=offset_at)
-        output = T.match_buffer(output_h, (tokens, heads, dim), "float32")
-        lse = T.match_buffer(lse_h, (tokens, heads), "float32")
-        args = T.meta_var(_Operands(q, q_indptr, position, offset, output, lse, causal, sm_scale))
-        tiles = T.alloc_buffer((1,), "int32")
-        count_tiles(q_indptr, batch, tiles)
-        total: T.let[T.int32] = tiles[0]
-        for task in T.parallel(total * kv_heads):
-            place = T.alloc_buffer((3,), "int32")
-            h: T.let[T.int32] = task // total
+    batch, tokens, new = (extent(name, "int32") for name in ("batch", "n", "new_keys"))
+    with scheduled() as builder:
+        q = argument("q", (tokens, shape.num_heads, shape.head_dim))
+        q_indptr = table_argument("q_indptr", batch + 1)
+        k = argument("k", (new, shape.num_kv_heads, shape.head_dim))
+        v = argument("v", (new, shape.num_kv_heads, shape.head_dim))
+        kv_indptr = table_argument("kv_indptr", batch + 1)
+        position = table_argument("position", tokens)
+        offset = table_argument("offset", batch)
+        work = _Work.of(shape, _RAGGED_BLOCK, batch, q, q_indptr, position, offset)
+        total = work.count_tiles()
+        with B.parallel(total * shape.num_kv_heads) as task:
             # First, last, second, ...: every thread's share has early (short) and late rows.
-            zigzag: T.let[T.int32] = task % total
-            number: T.let[T.int32] = T.if_then_else(
-                zigzag % 2 == 0, zigzag // 2, total - 1 - zigzag // 2
-            )
-            find_tile(q_indptr, batch, number, place)
-            kv_begin: T.let[T.int32] = kv_indptr[place[0]]
-            kv_len: T.let[T.int32] = kv_indptr[place[0] + 1] - kv_begin
-            read = T.meta_var(ragged_reader(k, v, kv_begin, h))
-            attend(args, place, h, kv_len, read)
-
-    return attention_prefill_ragged
+            zigzag = B.bind(B.floormod(task, total))
+            half = B.floordiv(zigzag, 2)
+            tile = B.if_then_else(B.floormod(zigzag, 2) < 1, half, total - 1 - half)
+            b, row0 = work.find_tile(B.bind(tile))
+            kv_begin = B.bind(load(kv_indptr, b))
+            kv_len = B.bind(load(kv_indptr, b + 1) - kv_begin)
+            h = B.bind(B.floordiv(task, total))
+            work.attend(b, row0, h, kv_len, ragged_reader(k, v, kv_begin, h))
+    return builder.get()
 
 
 def _paged(shape: AttentionShape) -> Any:
-    heads, kv_heads, dim, page = (
-        shape.num_heads,
-        shape.num_kv_heads,
-        shape.head_dim,
-        shape.page_size,
-    )
-    count_tiles, find_tile, attend = _attend(shape, page)
+    page = shape.page_size
+    batch, tokens, used = (extent(name, "int32") for name in ("batch", "n", "used_pages"))
+    with scheduled() as builder:
+        q = argument("q", (tokens, shape.num_heads, shape.head_dim))
+        q_indptr = table_argument("q_indptr", batch + 1)
+        pages = pages_argument(shape)
+        page_indptr = table_argument("page_indptr", batch + 1)
+        page_values = table_argument("page_values", used)
+        length = table_argument("length", batch)
+        offset = table_argument("offset", batch)
+        position = table_argument("position", tokens)
+        work = _Work.of(shape, page, batch, q, q_indptr, position, offset)
+        total = work.count_tiles()
+        with B.parallel(total * shape.num_kv_heads) as task:
+            b, row0 = work.find_tile(B.bind(B.floormod(task, total)))
+            begin = B.bind(load(page_indptr, b))
+            count = B.bind(load(page_indptr, b + 1) - begin)
+            filled = (count - 1) * page + load(length, b)
+            kv_len = B.bind(B.if_then_else(count > 0, filled, 0))
+            h = B.bind(B.floordiv(task, total))
+            work.attend(b, row0, h, kv_len, paged_reader(pages, page_values, begin, h, page))
+    return builder.get()
 
-    @T.prim_func(s_tir=True)
-    def attention_prefill_paged(
-        q_h: T.handle,
-        q_indptr_h: T.handle,
-        pages_h: T.handle,
-        page_indptr_h: T.handle,
-        page_values_h: T.handle,
-        length_h: T.handle,
-        offset_h: T.handle,
-        position_h: T.handle,
-        output_h: T.handle,
-        lse_h: T.handle,
-        causal: T.int32,
-        rotary_mode: T.int32,
-        rope_scale: T.float32,
-        rope_theta: T.float32,
-        sm_scale: T.float32,
+
+@dataclass(frozen=True)
+class _Work:
+    """The arguments that both kernels have, and the code on them; methods emit statements."""
+
+    shape: AttentionShape
+    block: int
+    batch: Expr
+    q: Buffer
+    q_indptr: Buffer
+    position: Buffer
+    offset: Buffer
+    output: Buffer
+    lse: Buffer
+    causal: Expr
+    sm_scale: Expr
+
+    @classmethod
+    def of(
+        cls,
+        shape: AttentionShape,
+        block: int,
+        batch: Expr,
+        q: Buffer,
+        q_indptr: Buffer,
+        position: Buffer,
+        offset: Buffer,
+    ) -> _Work:
+        """Declare the arguments that are last in both kernels."""
+        tokens = q.shape[0]
+        output = argument("output", (tokens, shape.num_heads, shape.head_dim))
+        lse = argument("lse", (tokens, shape.num_heads))
+        causal = number("causal", "int32")
+        sm_scale = rope_arguments()
+        return cls(
+            shape, block, batch, q, q_indptr, position, offset, output, lse, causal, sm_scale
+        )
+
+    def _rows_of(self, b: Expr) -> Expr:
+        tokens = load(self.q_indptr, b + 1) - load(self.q_indptr, b)
+        return tokens * self.shape.group
+
+    def _tiles_of(self, b: Expr) -> Expr:
+        rows = self.shape.rows
+        return B.floordiv(self._rows_of(b) + (rows - 1), rows)
+
+    def count_tiles(self) -> Expr:
+        """Count the tiles of rows of all sequences."""
+        count = local(1, "int32")
+        store(count, const(0, "int32"), 0)
+        with B.serial(self.batch) as b:
+            store(count, load(count, 0) + self._tiles_of(b), 0)
+        return B.bind(load(count, 0))
+
+    def find_tile(self, number: Expr) -> tuple[Expr, Expr]:
+        """Return the sequence that tile `number` is of, and the tile's first row in it."""
+        sequence, row, before = (local(1, "int32") for _ in range(3))
+        store(before, const(0, "int32"), 0)
+        with B.serial(self.batch) as b:
+            own = B.bind(self._tiles_of(b))
+            start = B.bind(load(before, 0))
+            with B.If(B.And(number >= start, number < start + own)), B.Then():
+                store(sequence, b, 0)
+                store(row, (number - start) * self.shape.rows, 0)
+            store(before, start + own, 0)
+        return B.bind(load(sequence, 0)), B.bind(load(row, 0))
+
+    def attend(self, b: Expr, row0: Expr, h: Expr, kv_len: Expr, read: Reader) -> None:
+        """Attention of the rows from `row0` of sequence `b`, in key/value head `h`."""
+        block = self.block
+        state = State(self.shape, block)
+        begin = B.bind(load(self.q_indptr, b))
+        last = B.bind(self._rows_of(b) - 1)
+        self._load_rows(state, begin, B.bind(load(self.offset, b)), row0, last, h, kv_len)
+        start = B.bind(B.floordiv(B.max(load(state.bounds, 0) + 1, 0), block))
+        stop = B.bind(B.max(B.floordiv(load(state.bounds, 3) + block, block), start))
+        with B.serial(stop - start) as step:
+            first = B.bind((start + step) * block)
+            self._key_block(state, first, B.bind(B.min(block, kv_len - first)), read)
+        self._store_rows(state, begin, row0, last, h)
+
+    def _token_and_head(self, begin: Expr, row: Expr, h: Expr) -> tuple[Expr, Expr]:
+        group = self.shape.group
+        token = B.bind(begin + B.floordiv(row, group))
+        return token, B.bind(h * group + B.floormod(row, group))
+
+    def _load_rows(
+        self, state: State, begin: Expr, base: Expr, row0: Expr, last: Expr, h: Expr, kv_len: Expr
     ) -> None:
-        T.func_attr(ATTRS)
-        batch = T.int32()
-        tokens = T.int32()
-        num_pages = T.int64()
-        used_pages = T.int32()
-        q_indptr_at = T.int32()
-        page_indptr_at = T.int32()
-        page_values_at = T.int32()
-        length_at = T.int32()
-        position_at = T.int32()
-        offset_at = T.int32()
-        q = T.match_buffer(q_h, (tokens, heads, dim), "float32")
-        q_indptr = T.match_buffer(q_indptr_h, (batch + 1,), "int32", elem_offset=q_indptr_at)
-        pages = T.match_buffer(pages_h, (num_pages, 2, kv_heads, page, dim), "float32")
-        page_indptr = T.match_buffer(
-            page_indptr_h, (batch + 1,), "int32", elem_offset=page_indptr_at
-        )
-        page_values = T.match_buffer(
-            page_values_h, (used_pages,), "int32", elem_offset=page_values_at
-        )
-        length = T.match_buffer(length_h, (batch,), "int32", elem_offset=length_at)
-        offset = T.match_buffer(offset_h, (batch,), "int32", elem_offset=offset_at)
-        position = T.match_buffer(position_h, (tokens,), "int32", elem_offset=position_at)
-        output = T.match_buffer(output_h, (tokens, heads, dim), "float32")
-        lse = T.match_buffer(lse_h, (tokens, heads), "float32")
-        args = T.meta_var(_Operands(q, q_indptr, position, offset, output, lse, causal, sm_scale))
-        tiles = T.alloc_buffer((1,), "int32")
-        count_tiles(q_indptr, batch, tiles)
-        total: T.let[T.int32] = tiles[0]
-        for task in T.parallel(total * kv_heads):
-            place = T.alloc_buffer((3,), "int32")
-            h: T.let[T.int32] = task // total
-            find_tile(q_indptr, batch, task % total, place)
-            page_begin: T.let[T.int32] = page_indptr[place[0]]
-            page_count: T.let[T.int32] = page_indptr[place[0] + 1] - page_begin
-            kv_len: T.let[T.int32] = T.if_then_else(
-                page_count > 0, (page_count - 1) * page + length[place[0]], 0
-            )
-            read = T.meta_var(paged_reader(pages, page_values, page_begin, h, page))
-            attend(args, place, h, kv_len, read)
+        scale = B.bind(B.max(self.sm_scale, -self.sm_scale) * const(LOG2_E, "float32"))
+        for i, bound in enumerate((_INT_MAX, -_INT_MAX, _INT_MAX, -_INT_MAX)):
+            store(state.bounds, const(bound, "int32"), i)
+        with B.serial(self.shape.rows) as r:
+            # Rows past the end repeat the last one; they are not stored.
+            token, head = self._token_and_head(begin, B.bind(B.min(row0 + r, last)), h)
+            with B.serial(self.shape.head_dim) as d:
+                store(state.queries, load(self.q, token, head, d) * scale, d, r)
+            at = B.bind(load(self.position, token) - base)
+            high = B.bind(B.min(kv_len - 1, B.if_then_else(self.causal > 0, at, kv_len)))
+            low = const(-1, "int32")
+            if self.shape.window:
+                slides = self.sm_scale < const(0.0, "float32")
+                low = B.bind(B.if_then_else(slides, at - self.shape.window, low))
+            store(state.low, low, r)
+            store(state.high, high, r)
+            for i, (pick, value) in enumerate(
+                ((B.min, low), (B.max, low), (B.min, high), (B.max, high))
+            ):
+                store(state.bounds, pick(load(state.bounds, i), value), i)
+        state.clear()
 
-    return attention_prefill_paged
+    def _key_block(self, state: State, first: Expr, count: Expr, read: Reader) -> None:
+        tiles = Tiles(self.shape)
+        key, value = read(first)
+        key_tile = self.shape.key_tile
+        # Whole tiles of scores, then one key at a time.
+        whole = B.bind(B.floordiv(count, key_tile))
+        with B.serial(whole) as t:
+            tiles.scores(state, t * key_tile, key_tile, key)
+        with B.serial(B.floormod(count, key_tile)) as t:
+            tiles.scores(state, whole * key_tile + t, 1, key)
+        unseen = B.Or(first + count - 1 > load(state.bounds, 2), first <= load(state.bounds, 1))
+        with B.If(unseen), B.Then(), B.serial(count) as j:
+            tiles.mask(state, j, first + j)
+        tiles.new_maximum(state, count)
+        tiles.weights(state, count)
+        with B.serial(self.shape.head_dim // FEATURES) as t:
+            tiles.outputs(state, t * FEATURES, count, value)
+
+    def _store_rows(self, state: State, begin: Expr, row0: Expr, last: Expr, h: Expr) -> None:
+        zero = const(0.0, "float32")
+        with B.serial(B.min(self.shape.rows, last + 1 - row0)) as r:
+            token, head = self._token_and_head(begin, row0 + r, h)
+            total = B.bind(load(state.total, r))
+            inverse = B.if_then_else(total > zero, const(1.0, "float32") / total, zero)
+            inverse = B.bind(inverse)
+            with B.serial(self.shape.head_dim) as d:
+                store(self.output, load(state.out, d, r) * inverse, token, head, d)
+            lse = load(state.top, r) + B.log2(total)
+            masked = const(MASKED, "float32")
+            store(self.lse, B.if_then_else(total > zero, lse, masked), token, head)

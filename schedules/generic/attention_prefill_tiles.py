@@ -5,43 +5,66 @@ vector of rows times one broadcast scalar of K or V, so K and V are read as they
 softmax needs no sum across lanes.
 """
 
-from collections.abc import Callable
-from typing import Any
+from __future__ import annotations
 
-from gqsa_compiler._tvm import T, tirx
+from collections.abc import Callable
+
+from gqsa_compiler._tvm import B
 from gqsa_compiler.schedules.generic.attention_common import (
     MASKED,
     AttentionShape,
     exp2,
-    splat,
     tile_buffers,
     vec,
 )
+from gqsa_compiler.schedules.generic.emit import (
+    Buffer,
+    Expr,
+    broadcast,
+    const,
+    int64,
+    load,
+    local,
+    store,
+)
 
 # Given a block's first key: how to read K and V, each a scalar of (key in the block, feature).
-Scalar = Callable[[Any, Any], Any]
-Reader = Callable[[Any], tuple[Scalar, Scalar]]
+Scalar = Callable[[Expr, Expr], Expr]
+Reader = Callable[[Expr], tuple[Scalar, Scalar]]
 
 FEATURES = 8  # features of an output tile; every head_dim is a multiple
 
 
 class State:
-    """The buffers of one task; made where its TVMScript stands."""
+    """The buffers of one task; made where the task's code stands."""
 
     def __init__(self, shape: AttentionShape, block: int) -> None:
         rows = shape.rows
-        self.queries = T.alloc_buffer((shape.head_dim, rows), "float32")
-        self.out = T.alloc_buffer((shape.head_dim, rows), "float32")
-        self.scores = T.alloc_buffer((block, rows), "float32")
+        self.shape = shape
+        self.queries = B.alloc_buffer((shape.head_dim, rows), "float32")
+        self.out = B.alloc_buffer((shape.head_dim, rows), "float32")
+        self.scores = B.alloc_buffer((block, rows), "float32")
         # A row sees the keys low < key <= high.
-        self.low = T.alloc_buffer((rows,), "int32")
-        self.high = T.alloc_buffer((rows,), "int32")
+        self.low = local(rows, "int32")
+        self.high = local(rows, "int32")
         # Of all rows: lowest low, highest low, lowest high, highest high.
-        self.bounds = T.alloc_buffer((4,), "int32")
+        self.bounds = local(4, "int32")
         # Running maximum of the scores, sum of exponentials, and the last block's rescaling.
-        self.top = T.alloc_buffer((rows,), "float32")
-        self.total = T.alloc_buffer((rows,), "float32")
-        self.factor = T.alloc_buffer((rows,), "float32")
+        self.top = local(rows)
+        self.total = local(rows)
+        self.factor = local(rows)
+
+    def clear(self) -> None:
+        """No key has been seen."""
+        lanes = self.shape.lanes
+        columns = [i * lanes for i in range(self.shape.row_vectors)]
+        zero = broadcast(const(0.0, "float32"), lanes)
+        for column in columns:
+            store(self.top, broadcast(const(MASKED, "float32"), lanes), column, lanes=lanes)
+            store(self.total, zero, column, lanes=lanes)
+        with B.serial(self.shape.head_dim) as d:
+            for column in columns:
+                store(self.out, zero, d, column, lanes=lanes)
 
 
 class Tiles:
@@ -53,100 +76,102 @@ class Tiles:
         self.columns = [vec(i * shape.lanes, shape.lanes) for i in range(shape.row_vectors)]
         self.whole = vec(0, shape.lanes)
 
-    def _buffers(self, vectors: int) -> list[Any]:
+    def _buffers(self, vectors: int) -> list[Buffer]:
         return tile_buffers(self.shape.row_vectors, vectors, self.lanes)
 
-    def _at(self, i: int) -> Any:
+    def _at(self, i: int) -> Expr:
         return vec(i * self.lanes, self.lanes)
 
-    def _accumulate(self, acc: list[Any], left: Any, line: Any, scalars: list[Any]) -> None:
+    def _accumulate(self, acc: list[Buffer], left: Buffer, line: Expr, scalars: list[Expr]) -> None:
         """acc[i] += left[line] * scalars[i], for every row vector."""
-        vectors = [T.Bind(left[line, column]) for column in self.columns]
+        vectors = [B.bind(load(left, line, column)) for column in self.columns]
         for i, scalar in enumerate(scalars):
-            value = T.Bind(splat(scalar, self.lanes))
+            value = B.bind(broadcast(scalar, self.lanes))
             for buffer, vector in zip(acc, vectors, strict=True):
-                T.buffer_store(buffer, buffer[self._at(i)] + vector * value, [self._at(i)])
+                store(buffer, load(buffer, self._at(i)) + vector * value, self._at(i))
 
-    def scores(self, state: State, j: Any, count: int, key: Scalar) -> None:
+    def scores(self, state: State, j: Expr, count: int, key: Scalar) -> None:
         """Scores of `count` keys from j on."""
         acc = self._buffers(count)
         for i in range(count):
             for buffer in acc:
-                T.buffer_store(buffer, splat(T.float32(0), self.lanes), [self._at(i)])
-        with T.serial(self.shape.head_dim) as d:
+                store(buffer, broadcast(const(0.0, "float32"), self.lanes), self._at(i))
+        with B.serial(self.shape.head_dim) as d:
             self._accumulate(acc, state.queries, d, [key(j + i, d) for i in range(count)])
         for i in range(count):
             for buffer, column in zip(acc, self.columns, strict=True):
-                T.buffer_store(state.scores, buffer[self._at(i)], [j + i, column])
+                store(state.scores, load(buffer, self._at(i)), j + i, column)
 
-    def mask(self, state: State, j: Any, key: Any) -> None:
+    def mask(self, state: State, j: Expr, key: Expr) -> None:
         """Rows that do not see `key`, number j of its block, get the score MASKED."""
-        keys = splat(key, self.lanes)
+        keys = B.bind(broadcast(key, self.lanes))
+        masked = broadcast(const(MASKED, "float32"), self.lanes)
         for column in self.columns:
-            seen = tirx.And(state.low[column] < keys, keys <= state.high[column])
-            masked = splat(T.float32(MASKED), self.lanes)
-            T.buffer_store(
-                state.scores, T.Select(seen, state.scores[j, column], masked), [j, column]
-            )
+            seen = B.And(load(state.low, column) < keys, keys <= load(state.high, column))
+            store(state.scores, B.Select(seen, load(state.scores, j, column), masked), j, column)
 
-    def new_maximum(self, state: State, count: Any) -> None:
+    def new_maximum(self, state: State, count: Expr) -> None:
         """Raise top to the scores; the old top is left in factor."""
         running = self._buffers(1)
         for buffer, column in zip(running, self.columns, strict=True):
-            T.buffer_store(state.factor, state.top[column], [column])
-            T.buffer_store(buffer, state.top[column], [self.whole])
-        with T.serial(count) as j:
+            store(state.factor, load(state.top, column), column)
+            store(buffer, load(state.top, column), self.whole)
+        with B.serial(count) as j:
             for buffer, column in zip(running, self.columns, strict=True):
-                bigger = T.max(buffer[self.whole], state.scores[j, column])
-                T.buffer_store(buffer, bigger, [self.whole])
+                bigger = B.max(load(buffer, self.whole), load(state.scores, j, column))
+                store(buffer, bigger, self.whole)
         for buffer, column in zip(running, self.columns, strict=True):
-            T.buffer_store(state.top, buffer[self.whole], [column])
+            store(state.top, load(buffer, self.whole), column)
 
-    def weights(self, state: State, count: Any) -> None:
+    def weights(self, state: State, count: Expr) -> None:
         """Emit scores = exp2(scores - top), factor = exp2(old top - top), and total."""
         sums = self._buffers(1)
-        tops = [T.Bind(state.top[column]) for column in self.columns]
+        tops = [B.bind(load(state.top, column)) for column in self.columns]
         for buffer, column, top in zip(sums, self.columns, tops, strict=True):
-            factor = exp2(state.factor[column] - top, self.lanes)
-            T.buffer_store(state.factor, factor, [column])
-            T.buffer_store(buffer, state.total[column] * factor, [self.whole])
-        with T.serial(count) as j:
+            factor = exp2(load(state.factor, column) - top, self.lanes)
+            store(state.factor, factor, column)
+            store(buffer, load(state.total, column) * factor, self.whole)
+        with B.serial(count) as j:
             for buffer, column, top in zip(sums, self.columns, tops, strict=True):
-                weight = exp2(state.scores[j, column] - top, self.lanes)
-                T.buffer_store(state.scores, weight, [j, column])
-                T.buffer_store(buffer, buffer[self.whole] + weight, [self.whole])
+                weight = exp2(load(state.scores, j, column) - top, self.lanes)
+                store(state.scores, weight, j, column)
+                store(buffer, load(buffer, self.whole) + weight, self.whole)
         for buffer, column in zip(sums, self.columns, strict=True):
-            T.buffer_store(state.total, buffer[self.whole], [column])
+            store(state.total, load(buffer, self.whole), column)
 
-    def outputs(self, state: State, d: Any, count: Any, value: Scalar) -> None:
+    def outputs(self, state: State, d: Expr, count: Expr, value: Scalar) -> None:
         """out[d : d + 8] = out * factor + the sum over keys of weight * V."""
         acc = self._buffers(FEATURES)
         for buffer, column in zip(acc, self.columns, strict=True):
-            factor = T.Bind(state.factor[column])
+            factor = B.bind(load(state.factor, column))
             for i in range(FEATURES):
-                T.buffer_store(buffer, state.out[d + i, column] * factor, [self._at(i)])
-        with T.serial(count) as j:
+                store(buffer, load(state.out, d + i, column) * factor, self._at(i))
+        with B.serial(count) as j:
             self._accumulate(acc, state.scores, j, [value(j, d + i) for i in range(FEATURES)])
         for i in range(FEATURES):
             for buffer, column in zip(acc, self.columns, strict=True):
-                T.buffer_store(state.out, buffer[self._at(i)], [d + i, column])
+                store(state.out, load(buffer, self._at(i)), d + i, column)
 
 
-def paged_reader(pages: Any, page_values: Any, page_begin: Any, h: Any, block: int) -> Reader:
+def paged_reader(
+    pages: Buffer, page_values: Buffer, page_begin: Expr, h: Expr, block: int
+) -> Reader:
     """Read a key/value head of a sequence's pages, each a block."""
 
-    def read(first: Any) -> tuple[Scalar, Scalar]:
-        page = T.Bind(T.Cast("int64", page_values[page_begin + first // block]))
-        return lambda j, d: pages[page, 0, h, j, d], lambda j, d: pages[page, 1, h, j, d]
+    def read(first: Expr) -> tuple[Scalar, Scalar]:
+        page = B.bind(int64(load(page_values, page_begin + B.floordiv(first, block))))
+        return lambda j, d: load(pages, page, 0, h, j, d), lambda j, d: load(
+            pages, page, 1, h, j, d
+        )
 
     return read
 
 
-def ragged_reader(k: Any, v: Any, kv_begin: Any, h: Any) -> Reader:
+def ragged_reader(k: Buffer, v: Buffer, kv_begin: Expr, h: Expr) -> Reader:
     """Read a key/value head of a sequence's new keys."""
 
-    def read(first: Any) -> tuple[Scalar, Scalar]:
-        begin = T.Bind(kv_begin + first)
-        return lambda j, d: k[begin + j, h, d], lambda j, d: v[begin + j, h, d]
+    def read(first: Expr) -> tuple[Scalar, Scalar]:
+        begin = B.bind(kv_begin + first)
+        return lambda j, d: load(k, begin + j, h, d), lambda j, d: load(v, begin + j, h, d)
 
     return read

@@ -6,13 +6,51 @@ flight are Python numbers here, and plain Python loops unroll them.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
-from gqsa_compiler._tvm import B, tvm
+from gqsa_compiler._tvm import B, IRBuilder, tvm
 
 Expr = Any
 Buffer = Any
+
+_OPAQUE = 8  # TVM's OpPatternKind: never fused into others
+
+
+@contextmanager
+def scheduled() -> Iterator[Any]:
+    """Build a PrimFunc in the block; afterwards `get` of what this yields returns it.
+
+    The function is whole: no pass schedules it or fuses it. Its arguments do not overlap.
+    """
+    with IRBuilder() as builder, B.prim_func(is_private=True, s_tir=True):
+        B.func_attr({"tirx.is_scheduled": True, "tirx.noalias": True, "op_pattern": _OPAQUE})
+        yield builder
+
+
+def extent(name: str, dtype: str = "int64") -> Expr:
+    """Name a symbolic extent; the arguments it is used in give it its value."""
+    return tvm.tirx.Var(name, dtype)
+
+
+def argument(name: str, shape: Sequence[Any], dtype: str = "float32") -> Buffer:
+    """Declare the function's next argument, a tensor."""
+    return B.arg(name, B.buffer(tuple(shape), dtype))
+
+
+def number(name: str, dtype: str) -> Expr:
+    """Declare the function's next argument, a scalar."""
+    return B.arg(name, tvm.tirx.Var(name, dtype))
+
+
+def each_token(tokens: Expr, serial_below: int, body: Callable[[Expr], None]) -> None:
+    """Emit `body` for every token: on all threads, unless there are fewer than `serial_below`."""
+    with B.If(tokens < serial_below):
+        with B.Then(), B.serial(tokens) as token:
+            body(token)
+        with B.Else(), B.parallel(tokens) as token:
+            body(token)
 
 
 def const(value: float, dtype: str) -> Expr:
@@ -44,6 +82,20 @@ def load(buffer: Buffer, *indices: Expr, lanes: int = 1) -> Expr:
 def store(buffer: Buffer, value: Expr, *indices: Expr, lanes: int = 1) -> None:
     """Store `lanes` elements, consecutive along the last axis."""
     B.buffer_store(buffer, value, [*indices[:-1], span(indices[-1], lanes)])
+
+
+def copy(
+    target: Buffer,
+    to: Sequence[Expr],
+    source: Buffer,
+    origin: Sequence[Expr],
+    size: int,
+    lanes: int,
+) -> None:
+    """Copy `size` elements along the last axis, from index `origin` to index `to`."""
+    with B.serial(size // lanes) as i:
+        value = load(source, *origin[:-1], origin[-1] + i * lanes, lanes=lanes)
+        store(target, value, *to[:-1], to[-1] + i * lanes, lanes=lanes)
 
 
 def local(size: int, dtype: str = "float32") -> Buffer:

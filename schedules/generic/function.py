@@ -6,11 +6,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from gqsa_compiler._tvm import B, IRBuilder, tvm
-from gqsa_compiler.schedules.generic.emit import Buffer, Expr
+from gqsa_compiler.schedules.generic.emit import Buffer, Expr, argument, extent, scheduled
 from gqsa_compiler.schedules.spec import LinearSpec, ParamSpec
-
-_OPAQUE = 8  # TVM's OpPatternKind: never fused into others
 
 
 @dataclass(frozen=True)
@@ -41,26 +38,20 @@ def kernel(
         Names of one-dimensional parameters whose length differs between layers that share this
         function: each gets a symbolic extent.
     """
-    tokens = tvm.tirx.Var("m", "int64")
-
-    def argument(name: str, shape: tuple[Any, ...], dtype: str = "float32") -> Buffer:
-        return B.arg(name, B.buffer(shape, dtype))
-
-    with IRBuilder() as builder:
-        with B.prim_func(is_private=True, s_tir=True):
-            B.func_attr({"tirx.is_scheduled": True, "tirx.noalias": True, "op_pattern": _OPAQUE})
-            x = argument("x", (tokens, spec.k))
-            norm = argument("norm", (spec.k,)) if spec.norm_eps is not None else None
-            packed = {}
-            for p in params:
-                shape: tuple[Any, ...] = p.shape
-                if p.name in open_extents:
-                    shape = (tvm.tirx.Var(f"{p.name}_length", "int64"),)
-                packed[p.name] = argument(p.name, shape, p.dtype)
-            bias = argument("bias", (spec.n,)) if spec.epilogue.bias else None
-            residual = None
-            if spec.epilogue.residual:
-                residual = argument("residual", (tokens, spec.n_out))
-            out = argument("out", (tokens, spec.n_out))
-            body(Arguments(tokens, x, norm, packed, bias, residual, out))
+    tokens = extent("m")
+    with scheduled() as builder:
+        x = argument("x", (tokens, spec.k))
+        norm = argument("norm", (spec.k,)) if spec.norm_eps is not None else None
+        packed = {}
+        for p in params:
+            shape: tuple[Any, ...] = p.shape
+            if p.name in open_extents:
+                shape = (extent(f"{p.name}_length"),)
+            packed[p.name] = argument(p.name, shape, p.dtype)
+        bias = argument("bias", (spec.n,)) if spec.epilogue.bias else None
+        residual = None
+        if spec.epilogue.residual:
+            residual = argument("residual", (tokens, spec.n_out))
+        out = argument("out", (tokens, spec.n_out))
+        body(Arguments(tokens, x, norm, packed, bias, residual, out))
     return builder.get()

@@ -3,10 +3,30 @@
 Pages are float32 [pages, 2 (K, V), Hkv, page_size, D], TVM's own layout.
 """
 
+from __future__ import annotations
+
 from typing import Any
 
-from gqsa_compiler._tvm import T
-from gqsa_compiler.schedules.generic.attention_common import ATTRS, AttentionShape, exp2
+from gqsa_compiler._tvm import B
+from gqsa_compiler.schedules.generic.attention_common import (
+    AttentionShape,
+    exp2,
+    pages_argument,
+    table_argument,
+)
+from gqsa_compiler.schedules.generic.emit import (
+    Expr,
+    argument,
+    broadcast,
+    copy,
+    each_token,
+    extent,
+    int64,
+    load,
+    number,
+    scheduled,
+    store,
+)
 
 # Below this many tokens a thread launch costs more than it saves.
 _SERIAL_TOKENS = 8
@@ -20,48 +40,26 @@ def split_qkv(shape: AttentionShape) -> Any:
     int64 (unused, mode NONE).
     """
     heads, kv_heads, dim = shape.num_heads, shape.num_kv_heads, shape.head_dim
-    lanes = shape.feature_lanes
+    tokens = extent("n", "int32")
+    with scheduled() as builder:
+        qkv = argument("qkv", (tokens, heads + 2 * kv_heads, dim))
+        table_argument("positions", tokens)
+        q = argument("q", (tokens, heads, dim))
+        k = argument("k", (tokens, kv_heads, dim))
+        v = argument("v", (tokens, kv_heads, dim))
+        number("apply_rope", "int64")
 
-    @T.macro
-    def copy(src: Any, dst: Any, n: Any, h: Any, skip: Any) -> None:
-        for i in T.serial(dim // lanes):
-            for v in T.vectorized(lanes):
-                dst[n, h, i * lanes + v] = src[n, skip + h, i * lanes + v]
+        def row(n: Expr) -> None:
+            for first, count, out in (
+                (0, heads, q),
+                (heads, kv_heads, k),
+                (heads + kv_heads, kv_heads, v),
+            ):
+                with B.serial(count) as h:
+                    copy(out, (n, h, 0), qkv, (n, h + first, 0), dim, shape.feature_lanes)
 
-    @T.macro
-    def token(qkv: Any, q: Any, k: Any, v: Any, n: Any) -> None:
-        for h in T.serial(heads):
-            copy(qkv, q, n, h, 0)
-        for h in T.serial(kv_heads):
-            copy(qkv, k, n, h, heads)
-        for h in T.serial(kv_heads):
-            copy(qkv, v, n, h, heads + kv_heads)
-
-    @T.prim_func(s_tir=True)
-    def split(
-        qkv_h: T.handle,
-        positions_h: T.handle,
-        q_h: T.handle,
-        k_h: T.handle,
-        v_h: T.handle,
-        apply_rope: T.int64,
-    ) -> None:
-        T.func_attr(ATTRS)
-        tokens = T.int32()
-        positions_at = T.int32()
-        qkv = T.match_buffer(qkv_h, (tokens, heads + 2 * kv_heads, dim), "float32")
-        positions = T.match_buffer(positions_h, (tokens,), "int32", elem_offset=positions_at)
-        q = T.match_buffer(q_h, (tokens, heads, dim), "float32")
-        k = T.match_buffer(k_h, (tokens, kv_heads, dim), "float32")
-        v = T.match_buffer(v_h, (tokens, kv_heads, dim), "float32")
-        if tokens < _SERIAL_TOKENS:
-            for n in T.serial(tokens):
-                token(qkv, q, k, v, n)
-        else:
-            for n in T.parallel(tokens):
-                token(qkv, q, k, v, n)
-
-    return split
+        each_token(tokens, _SERIAL_TOKENS, row)
+    return builder.get()
 
 
 def append_kv(shape: AttentionShape) -> Any:
@@ -70,39 +68,24 @@ def append_kv(shape: AttentionShape) -> Any:
     Arguments: ``pages``, ``k`` and ``v`` float32 [n, Hkv, D], ``position_map`` int32 [n] (page *
     page_size + slot; -1: the token is not kept).
     """
-    kv_heads, dim, page = shape.num_kv_heads, shape.head_dim, shape.page_size
-    lanes = shape.feature_lanes
+    kv_heads, dim, lanes = shape.num_kv_heads, shape.head_dim, shape.feature_lanes
+    tokens = extent("n", "int32")
+    with scheduled() as builder:
+        pages = pages_argument(shape)
+        k = argument("k", (tokens, kv_heads, dim))
+        v = argument("v", (tokens, kv_heads, dim))
+        position_map = table_argument("position_map", tokens)
 
-    @T.macro
-    def token(pages: Any, k: Any, v: Any, position_map: Any, n: Any) -> None:
-        place: T.let[T.int32] = position_map[n]
-        if place >= 0:
-            number: T.let[T.int64] = T.Cast("int64", place // page)
-            slot: T.let[T.int32] = place % page
-            for h, i in T.grid(kv_heads, dim // lanes):
-                for x in T.vectorized(lanes):
-                    pages[number, 0, h, slot, i * lanes + x] = k[n, h, i * lanes + x]
-                for x in T.vectorized(lanes):
-                    pages[number, 1, h, slot, i * lanes + x] = v[n, h, i * lanes + x]
+        def row(n: Expr) -> None:
+            place = B.bind(load(position_map, n))
+            with B.If(place >= 0), B.Then():
+                page, slot = _page_and_slot(shape, place)
+                with B.serial(kv_heads) as h:
+                    copy(pages, (page, 0, h, slot, 0), k, (n, h, 0), dim, lanes)
+                    copy(pages, (page, 1, h, slot, 0), v, (n, h, 0), dim, lanes)
 
-    @T.prim_func(s_tir=True)
-    def append(pages_h: T.handle, k_h: T.handle, v_h: T.handle, position_map_h: T.handle) -> None:
-        T.func_attr(ATTRS)
-        tokens = T.int32()
-        num_pages = T.int64()
-        map_at = T.int32()
-        pages = T.match_buffer(pages_h, (num_pages, 2, kv_heads, page, dim), "float32")
-        k = T.match_buffer(k_h, (tokens, kv_heads, dim), "float32")
-        v = T.match_buffer(v_h, (tokens, kv_heads, dim), "float32")
-        position_map = T.match_buffer(position_map_h, (tokens,), "int32", elem_offset=map_at)
-        if tokens < _SERIAL_TOKENS:
-            for n in T.serial(tokens):
-                token(pages, k, v, position_map, n)
-        else:
-            for n in T.parallel(tokens):
-                token(pages, k, v, position_map, n)
-
-    return append
+        each_token(tokens, _SERIAL_TOKENS, row)
+    return builder.get()
 
 
 def merge_states(shape: AttentionShape) -> Any:
@@ -112,39 +95,30 @@ def merge_states(shape: AttentionShape) -> Any:
     two of the other result.
     """
     heads, dim, lanes = shape.num_heads, shape.head_dim, shape.feature_lanes
+    tokens = extent("n", "int32")
+    with scheduled() as builder:
+        out = argument("out", (tokens, heads, dim))
+        lse = argument("lse", (tokens, heads))
+        other = argument("other", (tokens, heads, dim))
+        other_lse = argument("other_lse", (tokens, heads))
 
-    @T.macro
-    def row(out: Any, lse: Any, other: Any, other_lse: Any, n: Any) -> None:
-        for h in T.serial(heads):
-            top: T.let[T.float32] = T.max(lse[n, h], other_lse[n, h])
-            mine = T.meta_var(exp2(lse[n, h] - top, 1))
-            its = T.meta_var(exp2(other_lse[n, h] - top, 1))
-            both: T.let[T.float32] = mine + its
-            scale: T.let[T.float32] = mine / both
-            other_scale: T.let[T.float32] = its / both
-            for i in T.serial(dim // lanes):
-                for x in T.vectorized(lanes):
-                    out[n, h, i * lanes + x] = (
-                        out[n, h, i * lanes + x] * scale + other[n, h, i * lanes + x] * other_scale
-                    )
-            lse[n, h] = top + T.log2(both)
+        def row(n: Expr) -> None:
+            with B.serial(heads) as h:
+                top = B.bind(B.max(load(lse, n, h), load(other_lse, n, h)))
+                mine = exp2(load(lse, n, h) - top, 1)
+                its = exp2(load(other_lse, n, h) - top, 1)
+                both = B.bind(mine + its)
+                scale = B.bind(broadcast(mine / both, lanes))
+                other_scale = B.bind(broadcast(its / both, lanes))
+                with B.serial(dim // lanes) as i:
+                    at = (n, h, i * lanes)
+                    merged = load(out, *at, lanes=lanes) * scale
+                    merged = merged + load(other, *at, lanes=lanes) * other_scale
+                    store(out, merged, *at, lanes=lanes)
+                store(lse, top + B.log2(both), n, h)
 
-    @T.prim_func(s_tir=True)
-    def merge(out_h: T.handle, lse_h: T.handle, other_h: T.handle, other_lse_h: T.handle) -> None:
-        T.func_attr(ATTRS)
-        tokens = T.int32()
-        out = T.match_buffer(out_h, (tokens, heads, dim), "float32")
-        lse = T.match_buffer(lse_h, (tokens, heads), "float32")
-        other = T.match_buffer(other_h, (tokens, heads, dim), "float32")
-        other_lse = T.match_buffer(other_lse_h, (tokens, heads), "float32")
-        if tokens < _SERIAL_TOKENS:
-            for n in T.serial(tokens):
-                row(out, lse, other, other_lse, n)
-        else:
-            for n in T.parallel(tokens):
-                row(out, lse, other, other_lse, n)
-
-    return merge
+        each_token(tokens, _SERIAL_TOKENS, row)
+    return builder.get()
 
 
 def copy_page(shape: AttentionShape) -> Any:
@@ -152,21 +126,14 @@ def copy_page(shape: AttentionShape) -> Any:
 
     Arguments: ``pages``, ``source``, ``destination`` and ``length``, all int64.
     """
-    kv_heads, dim, page = shape.num_kv_heads, shape.head_dim, shape.page_size
-    lanes = shape.feature_lanes
-
-    @T.prim_func(s_tir=True)
-    def copy(pages_h: T.handle, source: T.int64, destination: T.int64, length: T.int64) -> None:
-        T.func_attr(ATTRS)
-        num_pages = T.int64()
-        pages = T.match_buffer(pages_h, (num_pages, 2, kv_heads, page, dim), "float32")
-        for kind, h, slot, i in T.grid(2, kv_heads, length, dim // lanes):
-            for x in T.vectorized(lanes):
-                pages[destination, kind, h, slot, i * lanes + x] = pages[
-                    source, kind, h, slot, i * lanes + x
-                ]
-
-    return copy
+    with scheduled() as builder:
+        pages = pages_argument(shape)
+        source, destination = number("source", "int64"), number("destination", "int64")
+        length = number("length", "int64")
+        with B.grid(2, shape.num_kv_heads, length) as (kind, h, slot):
+            to, origin = (destination, kind, h, slot, 0), (source, kind, h, slot, 0)
+            copy(pages, to, pages, origin, shape.head_dim, shape.feature_lanes)
+    return builder.get()
 
 
 def compact_copy(shape: AttentionShape) -> Any:
@@ -175,31 +142,19 @@ def compact_copy(shape: AttentionShape) -> Any:
     Arguments: ``pages``, ``indptr`` int32 [batch + 1], ``source_destination`` int32 [2, total]
     (page * page_size + slot), ``batch`` int32. Within a sequence the moves are done in order.
     """
-    kv_heads, dim, page = shape.num_kv_heads, shape.head_dim, shape.page_size
-    lanes = shape.feature_lanes
-
-    @T.prim_func(s_tir=True)
-    def compact(pages_h: T.handle, indptr_h: T.handle, moves_h: T.handle, batch: T.int32) -> None:
-        T.func_attr(ATTRS)
-        num_pages = T.int64()
-        total = T.int32()
-        indptr_at = T.int32()
-        moves_at = T.int32()
-        pages = T.match_buffer(pages_h, (num_pages, 2, kv_heads, page, dim), "float32")
-        indptr = T.match_buffer(indptr_h, (batch + 1,), "int32", elem_offset=indptr_at)
-        moves = T.match_buffer(moves_h, (2, total), "int32", elem_offset=moves_at)
-        for m in T.serial(indptr[0], indptr[batch]):
-            source: T.let[T.int32] = moves[0, m]
-            target: T.let[T.int32] = moves[1, m]
-            for kind, h, i in T.grid(2, kv_heads, dim // lanes):
-                for x in T.vectorized(lanes):
-                    pages[
-                        T.Cast("int64", target // page), kind, h, target % page, i * lanes + x
-                    ] = pages[
-                        T.Cast("int64", source // page), kind, h, source % page, i * lanes + x
-                    ]
-
-    return compact
+    with scheduled() as builder:
+        pages = pages_argument(shape)
+        batch = extent("batch", "int32")
+        indptr = table_argument("indptr", batch + 1)
+        moves = table_argument("source_destination", 2, extent("total", "int32"))
+        B.arg("batch", batch)
+        with B.serial(load(indptr, 0), load(indptr, batch)) as move:
+            source, source_slot = _page_and_slot(shape, load(moves, 0, move))
+            target, target_slot = _page_and_slot(shape, load(moves, 1, move))
+            with B.grid(2, shape.num_kv_heads) as (kind, h):
+                to, origin = (target, kind, h, target_slot, 0), (source, kind, h, source_slot, 0)
+                copy(pages, to, pages, origin, shape.head_dim, shape.feature_lanes)
+    return builder.get()
 
 
 def get_kv(shape: AttentionShape, num_layers: int) -> Any:
@@ -208,23 +163,23 @@ def get_kv(shape: AttentionShape, num_layers: int) -> Any:
     Arguments: ``pages``, ``position_map`` int32 [n], the outputs ``k`` and ``v`` float32
     [num_layers, n, Hkv, D], and ``layer`` int64.
     """
-    kv_heads, dim, page = shape.num_kv_heads, shape.head_dim, shape.page_size
+    kv_heads, dim, lanes = shape.num_kv_heads, shape.head_dim, shape.feature_lanes
+    tokens = extent("n")
+    with scheduled() as builder:
+        pages = pages_argument(shape)
+        position_map = table_argument("position_map", tokens)
+        k = argument("k", (num_layers, tokens, kv_heads, dim))
+        v = argument("v", (num_layers, tokens, kv_heads, dim))
+        layer = number("layer", "int64")
+        with B.serial(tokens) as n:
+            page, slot = _page_and_slot(shape, load(position_map, n))
+            with B.serial(kv_heads) as h:
+                copy(k, (layer, n, h, 0), pages, (page, 0, h, slot, 0), dim, lanes)
+                copy(v, (layer, n, h, 0), pages, (page, 1, h, slot, 0), dim, lanes)
+    return builder.get()
 
-    @T.prim_func(s_tir=True)
-    def get(
-        pages_h: T.handle, map_h: T.handle, k_h: T.handle, v_h: T.handle, layer: T.int64
-    ) -> None:
-        T.func_attr(ATTRS)
-        tokens = T.int64()
-        num_pages = T.int64()
-        map_at = T.int64()
-        pages = T.match_buffer(pages_h, (num_pages, 2, kv_heads, page, dim), "float32")
-        position_map = T.match_buffer(map_h, (tokens,), "int32", elem_offset=map_at)
-        k = T.match_buffer(k_h, (num_layers, tokens, kv_heads, dim), "float32")
-        v = T.match_buffer(v_h, (num_layers, tokens, kv_heads, dim), "float32")
-        for n, h, d in T.grid(tokens, kv_heads, dim):
-            place: T.let[T.int32] = position_map[n]
-            k[layer, n, h, d] = pages[T.Cast("int64", place // page), 0, h, place % page, d]
-            v[layer, n, h, d] = pages[T.Cast("int64", place // page), 1, h, place % page, d]
 
-    return get
+def _page_and_slot(shape: AttentionShape, place: Expr) -> tuple[Expr, Expr]:
+    place = B.bind(place)
+    page = B.bind(int64(B.floordiv(place, shape.page_size)))
+    return page, B.bind(B.floormod(place, shape.page_size))

@@ -20,14 +20,15 @@ _LN2_HIGH = 0.693359375
 _LN2_LOW = -2.12194440e-4
 _EXP_MIN = -87.0  # e^x below is still a normal float32
 _EXP_MAX = 88.0  # e^x above would need an exponent of 128
-# Cephes' expf: (e^r - 1 - r) / r^2 on |r| <= ln(2) / 2.
-_EXP_POLY = (
-    1.9875691500e-4,
-    1.3981999507e-3,
-    8.3334519073e-3,
-    4.1665795894e-2,
-    1.6666665459e-1,
-    5.0000001201e-1,
+# Cephes' exp2f: 2^f on |f| <= 1 / 2.
+_EXP2_POLY = (
+    1.535336188319500e-4,
+    1.339887440266574e-3,
+    9.618437357674640e-3,
+    5.550332471162809e-2,
+    2.402264791363012e-1,
+    6.931472028550421e-1,
+    1.0,
 )
 # Eigen's erf: x P(x^2) / Q(x^2) on |x| <= 4.
 _ERF_P = (
@@ -75,16 +76,24 @@ def _horner(x: Expr, coefficients: tuple[float, ...]) -> Expr:
     return result
 
 
+def power_of_two(whole: Expr, fraction: Expr) -> Expr:
+    """``2^(whole + fraction)`` for a fraction within -1/2 .. 1/2, to 2 parts in ten million.
+
+    `whole` is a float32 without a fraction; the result must be a normal float32.
+    """
+    lanes = lanes_of(fraction)
+    suffix = f"x{lanes}" if lanes > 1 else ""
+    exponent = T.shift_left(T.Cast(f"int32{suffix}", whole), splat(23, whole, "int32"))
+    bits = T.reinterpret(f"int32{suffix}", _horner(fraction, _EXP2_POLY)) + exponent
+    return B.bind(T.reinterpret(f"float32{suffix}", bits))
+
+
 def exp(x: Expr) -> Expr:
     """``e^x`` to 2 units in the last place; saturates at e^-87 and e^88, so never 0 or infinite."""
     t = B.bind(T.max(T.min(x, splat(_EXP_MAX, x)), splat(_EXP_MIN, x)))
     n = B.bind(T.nearbyint(t * splat(_LOG2_E, x)))
-    r = B.bind(fma(n, splat(-_LN2_LOW, x), fma(n, splat(-_LN2_HIGH, x), t)))
-    lanes = lanes_of(x)
-    suffix = f"x{lanes}" if lanes > 1 else ""
-    exponent = T.Cast(f"int32{suffix}", n) + splat(127, x, "int32")
-    power = T.reinterpret(f"float32{suffix}", T.shift_left(exponent, splat(23, x, "int32")))
-    return fma(r * r, _horner(r, _EXP_POLY), r + splat(1.0, x)) * power
+    r = fma(n, splat(-_LN2_LOW, x), fma(n, splat(-_LN2_HIGH, x), t))
+    return power_of_two(n, B.bind(r * splat(_LOG2_E, x)))
 
 
 def sigmoid(x: Expr) -> Expr:

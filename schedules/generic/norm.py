@@ -5,22 +5,25 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from gqsa_compiler._tvm import B, IRBuilder, tvm
+from gqsa_compiler._tvm import B
 from gqsa_compiler.schedules.generic.emit import (
     Buffer,
     Expr,
+    argument,
     broadcast,
     const,
+    each_token,
+    extent,
     int64,
     load,
     local,
     row_sum,
+    scheduled,
     store,
 )
 
 # Below this many tokens a thread launch costs more than it saves.
 _SERIAL_TOKENS = 16
-_OPAQUE = 8  # TVM's OpPatternKind: never fused into others
 
 
 def norm(features: int, eps: float, *, center: bool) -> Any:
@@ -42,19 +45,17 @@ def norm(features: int, eps: float, *, center: bool) -> Any:
         Scheduled. Arguments: ``x`` float32 [m, K], ``weight`` float32 [K], with `center` ``bias``
         float32 [K], and the output float32 [m, K]; m is symbolic.
     """
-    tokens = tvm.tirx.Var("m", "int64")
-    with IRBuilder() as builder:
-        with B.prim_func(is_private=True, s_tir=True):
-            B.func_attr({"tirx.is_scheduled": True, "tirx.noalias": True, "op_pattern": _OPAQUE})
-            x = B.arg("x", B.buffer((tokens, features), "float32"))
-            weight = B.arg("weight", B.buffer((features,), "float32"))
-            bias = B.arg("bias", B.buffer((features,), "float32")) if center else None
-            out = B.arg("out", B.buffer((tokens, features), "float32"))
-            with B.If(tokens <= int64(_SERIAL_TOKENS)):
-                with B.Then(), B.serial(int64(0), tokens) as token:
-                    _row(x, weight, bias, out, token, features, eps)
-                with B.Else(), B.parallel(int64(0), tokens) as token:
-                    _row(x, weight, bias, out, token, features, eps)
+    tokens = extent("m")
+    with scheduled() as builder:
+        x = argument("x", (tokens, features))
+        weight = argument("weight", (features,))
+        bias = argument("bias", (features,)) if center else None
+        out = argument("out", (tokens, features))
+
+        def row(token: Expr) -> None:
+            _row(x, weight, bias, out, token, features, eps)
+
+        each_token(tokens, _SERIAL_TOKENS, row)
     return builder.get()
 
 

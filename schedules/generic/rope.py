@@ -1,30 +1,32 @@
 """RoPE over fused rows of q, k and v, with the RMSNorm of q and k where a model has it."""
 
+from __future__ import annotations
+
 import math
 from dataclasses import dataclass
 from typing import Any
 
-from gqsa_compiler._tvm import T
+from gqsa_compiler._tvm import B
 from gqsa_compiler.errors import CompileError
+from gqsa_compiler.schedules.generic.emit import (
+    Buffer,
+    Expr,
+    argument,
+    broadcast,
+    const,
+    copy,
+    each_token,
+    extent,
+    int64,
+    load,
+    local,
+    row_sum,
+    scheduled,
+    store,
+)
 
 # Below this many tokens a thread launch costs more than it saves.
 _SERIAL_TOKENS = 4
-_OPAQUE = 8  # Relax's operator pattern: never fused into others
-_ATTRS = {"tirx.noalias": True, "tirx.is_scheduled": True, "op_pattern": _OPAQUE}
-
-
-@dataclass(frozen=True)
-class _Heads:
-    """Sizes of a fused row."""
-
-    queries: int
-    keys: int
-    dim: int
-    rotary: int
-
-    @property
-    def rows(self) -> int:
-        return self.queries + 2 * self.keys
 
 
 def rope_qkv(
@@ -70,146 +72,75 @@ def rope_qkv(
             f"RoPE cannot rotate {rotary_dim} of a head's {head_dim} features: "
             "the number must be even, positive and at most the head's."
         )
-    heads = _Heads(num_heads, num_kv_heads, head_dim, rotary_dim)
-    return _norm_rope(heads, eps) if qk_norm else _rope(heads)
+    tokens, context = extent("n"), extent("context")
+    width = (num_heads + 2 * num_kv_heads) * head_dim
+    with scheduled() as builder:
+        qkv = argument("qkv", (tokens, width))
+        positions = argument("positions", (tokens,), "int32")
+        cos_sin = argument("cos_sin", (context, rotary_dim))
+        q_norm = argument("q_norm", (head_dim,)) if qk_norm else None
+        k_norm = argument("k_norm", (head_dim,)) if qk_norm else None
+        out = argument("out", (tokens, width))
+        rows = _Rows(head_dim, rotary_dim, eps, qkv, cos_sin, out)
+        values = (num_heads + num_kv_heads) * head_dim
+
+        def row(token: Expr) -> None:
+            position = B.bind(int64(load(positions, token)))
+            for start, count, norm in (
+                (0, num_heads, q_norm),
+                (num_heads * head_dim, num_kv_heads, k_norm),
+            ):
+                with B.serial(int64(0), int64(count)) as head:
+                    rows.rotate(token, B.bind(head * head_dim + start), position, norm)
+            begin = (token, int64(values))
+            copy(out, begin, qkv, begin, width - values, math.gcd(16, head_dim))
+
+        each_token(tokens, _SERIAL_TOKENS, row)
+    return builder.get()
 
 
-def _lanes(*extents: int) -> int:
-    """Return the widest vector, at most 16 floats, that divides every extent."""
-    return math.gcd(16, *extents)
+@dataclass(frozen=True)
+class _Rows:
+    """What the heads of q and k go through."""
 
+    dim: int
+    rotary: int
+    eps: float
+    qkv: Buffer
+    cos_sin: Buffer
+    out: Buffer
 
-def _macros(heads: _Heads) -> tuple[Any, Any]:
-    """Return the macros that rotate a head, from [st, sh] to [t, h], and that copy one."""
-    dim, rotary = heads.dim, heads.rotary
-    half = rotary // 2
-    lanes, tail, full = _lanes(half), _lanes(dim - rotary, rotary), _lanes(dim)
+    def rotate(self, token: Expr, start: Expr, position: Expr, norm: Buffer | None) -> None:
+        """Emit the head at column `start`: normalise it with `norm`, rotate it, store it."""
+        half = self.rotary // 2
+        lanes, tail = math.gcd(16, half), math.gcd(16, self.dim - self.rotary, self.rotary)
+        scale = None if norm is None else self._rms_factor(token, start)
 
-    @T.macro
-    def rotate(
-        src: Any, st: Any, sh: Any, dst: Any, t: Any, h: Any, cos_sin: Any, position: Any
-    ) -> None:
-        for i in T.serial(half // lanes):
-            for x in T.vectorized(lanes):
-                dst[t, h, i * lanes + x] = (
-                    src[st, sh, i * lanes + x] * cos_sin[position, i * lanes + x]
-                    - src[st, sh, half + i * lanes + x] * cos_sin[position, half + i * lanes + x]
-                )
-            for x in T.vectorized(lanes):
-                dst[t, h, half + i * lanes + x] = (
-                    src[st, sh, half + i * lanes + x] * cos_sin[position, i * lanes + x]
-                    + src[st, sh, i * lanes + x] * cos_sin[position, half + i * lanes + x]
-                )
-        for i in T.serial((dim - rotary) // tail):
-            for x in T.vectorized(tail):
-                dst[t, h, rotary + i * tail + x] = src[st, sh, rotary + i * tail + x]
+        def feature(at: Expr, lanes: int) -> Expr:
+            value = load(self.qkv, token, start + at, lanes=lanes)
+            if scale is None or norm is None:
+                return B.bind(value)
+            return B.bind(value * broadcast(scale, lanes) * load(norm, at, lanes=lanes))
 
-    @T.macro
-    def copy(src: Any, dst: Any, t: Any, h: Any) -> None:
-        for i in T.serial(dim // full):
-            for x in T.vectorized(full):
-                dst[t, h, i * full + x] = src[t, h, i * full + x]
+        with B.serial(int64(0), int64(half // lanes)) as i:
+            low = i * lanes
+            high = low + half
+            first, second = feature(low, lanes), feature(high, lanes)
+            cos = B.bind(load(self.cos_sin, position, low, lanes=lanes))
+            sin = B.bind(load(self.cos_sin, position, high, lanes=lanes))
+            store(self.out, first * cos - second * sin, token, start + low, lanes=lanes)
+            store(self.out, second * cos + first * sin, token, start + high, lanes=lanes)
+        with B.serial(int64(0), int64((self.dim - self.rotary) // tail)) as i:
+            at = i * tail + self.rotary
+            store(self.out, feature(at, tail), token, start + at, lanes=tail)
 
-    return rotate, copy
-
-
-def _rope(heads: _Heads) -> Any:
-    dim, rotary, rows = heads.dim, heads.rotary, heads.rows
-    turned, copied = heads.queries + heads.keys, heads.keys
-    rotate, copy = _macros(heads)
-
-    @T.macro
-    def token(src: Any, dst: Any, positions: Any, cos_sin: Any, t: Any) -> None:
-        position: T.let[T.int32] = positions[t]
-        for h in T.serial(turned):
-            rotate(src, t, h, dst, t, h, cos_sin, position)
-        for h in T.serial(copied):
-            copy(src, dst, t, turned + h)
-
-    @T.prim_func(s_tir=True)
-    def rope(qkv_h: T.handle, positions_h: T.handle, cos_sin_h: T.handle, out_h: T.handle) -> None:
-        T.func_attr(_ATTRS)
-        n = T.int64()
-        context = T.int64()
-        qkv = T.match_buffer(qkv_h, (n, rows * dim), "float32")
-        positions = T.match_buffer(positions_h, (n,), "int32")
-        cos_sin = T.match_buffer(cos_sin_h, (context, rotary), "float32")
-        out = T.match_buffer(out_h, (n, rows * dim), "float32")
-        src = T.decl_buffer((n, rows, dim), "float32", data=qkv.data)
-        dst = T.decl_buffer((n, rows, dim), "float32", data=out.data)
-        if n < T.int64(_SERIAL_TOKENS):
-            for t in T.serial(n):
-                token(src, dst, positions, cos_sin, t)
-        else:
-            for t in T.parallel(n):
-                token(src, dst, positions, cos_sin, t)
-
-    return rope
-
-
-def _norm_rope(heads: _Heads, eps: float) -> Any:
-    dim, rotary, rows = heads.dim, heads.rotary, heads.rows
-    queries, keys = heads.queries, heads.keys
-    full = _lanes(dim)
-    rotate, copy = _macros(heads)
-
-    @T.macro
-    def normalise(src: Any, t: Any, h: Any, weight: Any, row: Any) -> None:
-        squares = T.alloc_buffer((full,), "float32")
-        scale = T.alloc_buffer((1,), "float32")
-        for x in T.vectorized(full):
-            squares[x] = T.float32(0)
-        for i in T.serial(dim // full):
-            for x in T.vectorized(full):
-                squares[x] = squares[x] + src[t, h, i * full + x] * src[t, h, i * full + x]
-        scale[0] = T.float32(0)
-        for x in T.unroll(full):
-            scale[0] = scale[0] + squares[x]
-        scale[0] = T.float32(1) / T.sqrt(scale[0] * T.float32(1 / dim) + T.float32(eps))
-        for i in T.serial(dim // full):
-            for x in T.vectorized(full):
-                row[0, 0, i * full + x] = src[t, h, i * full + x] * scale[0] * weight[i * full + x]
-
-    @T.macro
-    def token(
-        src: Any, dst: Any, positions: Any, cos_sin: Any, q_norm: Any, k_norm: Any, t: Any
-    ) -> None:
-        row = T.alloc_buffer((1, 1, dim), "float32")
-        position: T.let[T.int32] = positions[t]
-        for h in T.serial(queries):
-            normalise(src, t, h, q_norm, row)
-            rotate(row, 0, 0, dst, t, h, cos_sin, position)
-        for h in T.serial(keys):
-            normalise(src, t, queries + h, k_norm, row)
-            rotate(row, 0, 0, dst, t, queries + h, cos_sin, position)
-        for h in T.serial(keys):
-            copy(src, dst, t, queries + keys + h)
-
-    @T.prim_func(s_tir=True)
-    def norm_rope(
-        qkv_h: T.handle,
-        positions_h: T.handle,
-        cos_sin_h: T.handle,
-        q_norm_h: T.handle,
-        k_norm_h: T.handle,
-        out_h: T.handle,
-    ) -> None:
-        T.func_attr(_ATTRS)
-        n = T.int64()
-        context = T.int64()
-        qkv = T.match_buffer(qkv_h, (n, rows * dim), "float32")
-        positions = T.match_buffer(positions_h, (n,), "int32")
-        cos_sin = T.match_buffer(cos_sin_h, (context, rotary), "float32")
-        q_norm = T.match_buffer(q_norm_h, (dim,), "float32")
-        k_norm = T.match_buffer(k_norm_h, (dim,), "float32")
-        out = T.match_buffer(out_h, (n, rows * dim), "float32")
-        src = T.decl_buffer((n, rows, dim), "float32", data=qkv.data)
-        dst = T.decl_buffer((n, rows, dim), "float32", data=out.data)
-        if n < T.int64(_SERIAL_TOKENS):
-            for t in T.serial(n):
-                token(src, dst, positions, cos_sin, q_norm, k_norm, t)
-        else:
-            for t in T.parallel(n):
-                token(src, dst, positions, cos_sin, q_norm, k_norm, t)
-
-    return norm_rope
+    def _rms_factor(self, token: Expr, start: Expr) -> Expr:
+        """Emit ``1 / sqrt(mean(x^2) + eps)`` of a head."""
+        lanes = math.gcd(16, self.dim)
+        total = local(lanes)
+        store(total, broadcast(const(0.0, "float32"), lanes), 0, lanes=lanes)
+        with B.serial(int64(0), int64(self.dim // lanes)) as i:
+            x = B.bind(load(self.qkv, token, start + i * lanes, lanes=lanes))
+            store(total, load(total, 0, lanes=lanes) + x * x, 0, lanes=lanes)
+        mean = row_sum(load(total, 0, lanes=lanes), lanes) * const(1 / self.dim, "float32")
+        return B.bind(const(1.0, "float32") / B.sqrt(mean + const(self.eps, "float32")))
