@@ -51,7 +51,7 @@ def staged_directory(path: str | os.PathLike[str], *, overwrite: bool = False) -
         The disk is full (whatever the library that noticed it raised).
     """
     final = Path(os.path.realpath(path))
-    _check_free(final, overwrite)
+    check_output(final, overwrite)
     made = _make_parents(final.parent)
     staging = final.parent / f"{final.name[:200]}.tmp-{secrets.token_hex(4)}"
     try:
@@ -60,7 +60,7 @@ def staged_directory(path: str | os.PathLike[str], *, overwrite: bool = False) -
         except OSError as error:
             raise _cannot("create", final, error) from error
         yield staging
-        _check_free(final, overwrite)  # somebody may have made it since
+        check_output(final, overwrite)  # somebody may have made it since
         _publish(staging, final)
     except BaseException as error:
         shutil.rmtree(staging, ignore_errors=True)
@@ -109,7 +109,15 @@ def _cannot(verb: str, final: Path, error: OSError) -> GqsaError:
     return UsageError(f"Cannot {verb} the output directory {final}: {reason}.")
 
 
-def _check_free(final: Path, overwrite: bool) -> None:
+def check_output(path: str | os.PathLike[str], overwrite: bool = False) -> None:
+    """Check that `staged_directory` may write `path`; for callers with long work before it.
+
+    Raises
+    ------
+    UsageError
+        See `staged_directory`.
+    """
+    final = Path(os.path.realpath(path))
     if not final.name:
         raise UsageError(f"{final} cannot be an output directory; name a directory inside it.")
     if not os.path.lexists(final):

@@ -53,7 +53,9 @@ _TRAINING_TEXT = (
 )
 
 
-def make_tiny(family: str, directory: Path, *, seed: int = 0, **overrides: Any) -> Path:
+def make_tiny(
+    family: str, directory: Path, *, seed: int = 0, gain: float = 1.5, **overrides: Any
+) -> Path:
     """Write a tiny model as transformers would save it.
 
     Parameters
@@ -65,6 +67,9 @@ def make_tiny(family: str, directory: Path, *, seed: int = 0, **overrides: Any) 
         tokenizer of `VOCAB_SIZE` tokens with a ChatML template, and generation_config.json.
     seed : int
         Of the weights.
+    gain : float
+        Ratio of the sizes of a matrix's outputs and inputs: 1 is the usual initialisation, more
+        makes errors grow from layer to layer.
     **overrides : Any
         Configuration fields that replace the tiny defaults; also ``dtype`` (e.g. ``"float16"``).
 
@@ -92,7 +97,7 @@ def make_tiny(family: str, directory: Path, *, seed: int = 0, **overrides: Any) 
                 if parameter.dim() == 1:
                     parameter.add_(0.2 * torch.randn_like(parameter))
                 else:
-                    parameter.normal_(std=1.5 * parameter.shape[1] ** -0.5)
+                    parameter.normal_(std=gain * parameter.shape[1] ** -0.5)
             model.get_input_embeddings().weight.normal_(std=0.5)
     directory.mkdir(parents=True, exist_ok=True)
     model.to(dtype).save_pretrained(directory)

@@ -13,7 +13,7 @@ from gqsa_compiler.cli import options
 from gqsa_compiler.cli.command import command
 from gqsa_compiler.cli.console import note, show_settings
 from gqsa_compiler.cli.paths import require_artefact
-from gqsa_compiler.cli.sampling import as_dict, figures, given
+from gqsa_compiler.cli.generation import as_dict, figures, given, load_one
 from gqsa_compiler.errors import UsageError
 
 if TYPE_CHECKING:
@@ -62,15 +62,7 @@ def chat(
             "threads": threads,
         },
     )
-    from gqsa_compiler import runtime
-
-    with runtime.load(
-        directory,
-        threads=threads,
-        verify=not no_verify,
-        context_length=context,
-        max_batch=1,
-    ) as model:
+    with load_one(directory, threads=threads, context=context, verify=not no_verify) as model:
         model.render_chat([{"role": "user", "content": "Hello"}])  # no template: say so at once
         note(_HELP)
         _Conversation(model, system, {"max_tokens": max_tokens, **sampling}, json).run(_lines())

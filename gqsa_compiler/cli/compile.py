@@ -11,7 +11,7 @@ from gqsa_compiler.cli import options
 from gqsa_compiler.cli.command import command
 from gqsa_compiler.cli.compile_report import print_report
 from gqsa_compiler.cli.console import emit_json, note, progress, show_settings
-from gqsa_compiler.cli.paths import require_free
+from gqsa_compiler.outdir import check_output
 
 
 @command
@@ -68,7 +68,7 @@ def compile_(
 
     spec = parse_target(target)
     directory = output if output is not None else default_output(model, target)
-    require_free(directory, overwrite)
+    check_output(directory, overwrite)
     show_settings(
         "compile",
         {

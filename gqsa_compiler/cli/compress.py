@@ -10,12 +10,13 @@ import typer
 from gqsa_compiler.cli import options
 from gqsa_compiler.cli.command import command
 from gqsa_compiler.cli.console import emit_json, note, progress, seconds_text, show_settings
-from gqsa_compiler.cli.paths import require_file, require_free
+from gqsa_compiler.cli.paths import require_file
 from gqsa_compiler.compress.recipe import (
     DEFAULT_SAMPLES,
     DEFAULT_SEQUENCE_LENGTH,
     parse_recipe,
 )
+from gqsa_compiler.outdir import check_output
 
 
 @command
@@ -51,7 +52,7 @@ def compress(
 ) -> None:
     """Compress MODEL: prune groups of weights and quantise the rest to 4 bits."""
     parse_recipe(recipe)
-    require_free(output, overwrite)
+    check_output(output, overwrite)
     if calibration is not None:
         require_file(calibration, "--calibration")
     show_settings(

@@ -115,10 +115,11 @@ class BarProgress:
 
 
 @contextmanager
-def progress() -> Iterator[ProgressCallback]:
+def progress(transient: bool = False) -> Iterator[ProgressCallback]:
     """Give a callback ``(stage, done, total)`` that draws progress on standard error.
 
-    ``total`` counts steps of a stage; 0 means that their number is not known.
+    ``total`` counts steps of a stage; 0 means that their number is not known. On a terminal,
+    `transient` bars are wiped when they are done.
     """
     if not sys.stderr.isatty():
         yield PlainProgress()
@@ -142,7 +143,12 @@ def progress() -> Iterator[ProgressCallback]:
         TimeRemainingColumn(),
     )
     # A step can take minutes (a decoder block of a large model): estimate over all of them.
-    bars = Progress(*columns, console=Console(stderr=True), speed_estimate_period=3600.0)
+    bars = Progress(
+        *columns,
+        console=Console(stderr=True),
+        speed_estimate_period=3600.0,
+        transient=transient,
+    )
     with bars:
         callback = BarProgress(bars)
         yield callback

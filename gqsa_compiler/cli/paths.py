@@ -25,12 +25,6 @@ def read_text(path: Path, option: str) -> str:
         ) from None
 
 
-def require_free(output: Path, overwrite: bool) -> None:
-    """Raise `UsageError` if an output directory exists and may not be replaced."""
-    if output.exists() and not overwrite:
-        raise UsageError(f"{output} already exists; remove it, name another, or pass --overwrite.")
-
-
 def require_artefact(path: Path) -> None:
     """Raise `UsageError` unless a path is a compiled artefact; say what it is instead."""
     if (path / "manifest.json").is_file():

@@ -12,7 +12,7 @@ from gqsa_compiler.cli import options
 from gqsa_compiler.cli.command import command
 from gqsa_compiler.cli.console import emit_json, note, show_settings
 from gqsa_compiler.cli.paths import read_text, require_artefact
-from gqsa_compiler.cli.sampling import as_dict, figures, given
+from gqsa_compiler.cli.generation import as_dict, figures, given, load_one
 from gqsa_compiler.errors import UsageError
 
 
@@ -71,17 +71,8 @@ def run(
             "threads": threads,
         },
     )
-    from gqsa_compiler import runtime
-
     request: Any = [{"role": "user", "content": text}] if chat else text
-    # One sequence, so that the cache holds one context and not the artefact's whole batch.
-    with runtime.load(
-        directory,
-        threads=threads,
-        verify=not no_verify,
-        context_length=context,
-        max_batch=1,
-    ) as model:
+    with load_one(directory, threads=threads, context=context, verify=not no_verify) as model:
         start = model.stream_chat if chat else model.stream
         stream = start(request, max_tokens=max_tokens, **sampling)
         for piece in stream:

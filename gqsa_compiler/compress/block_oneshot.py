@@ -100,8 +100,10 @@ def compress_block(
                 seen, output = run_watched(block, members[0], hidden, arguments)
                 # The next norm divides a token's error by the token's size: so is it weighed here,
                 # or the few tokens of huge activations would be all that counts.
-                size = want.square().mean(-1, keepdim=True).add(TINY).rsqrt()
-                moments.add(seen * size, missing=(want - output) * size)
+                size = want.square().mean(-1).add(TINY).rsqrt().reshape(-1, 1)
+                missing = (want - output).flatten(0, 1)
+                # Some models (OPT) flatten the tokens themselves.
+                moments.add(seen.reshape(len(missing), -1) * size, missing=missing * size)
             else:
                 moments.add(layer_input(block, members[0], hidden, arguments), dense=want)
         done = compress_rows(

@@ -99,15 +99,15 @@ def attention_decode(shape: AttentionShape) -> Any:
             many = B.bind(B.floordiv(keys[1] + (page - 1), page) - first)
             number = B.bind(s - load(shares, b))
             of = B.bind(load(shares, b + 1) - load(shares, b))
-            span = (
-                B.bind(first + B.floordiv(many * number, of)),
-                B.bind(first + B.floordiv(many * (number + 1), of)),
-            )
+            # In a buffer: TVM's passes would put these expressions where a binding is used.
+            span = local(2, "int32")
+            store(span, first + B.floordiv(many * number, of), 0)
+            store(span, first + B.floordiv(many * (number + 1), of), 1)
             page_begin = B.bind(load(page_indptr, b))
             share = _Share(shape, pages, partial, s, B.bind(B.floormod(task, kv_heads)))
             share.begin(q, b, sm_scale)
-            with B.serial(span[1] - span[0]) as i:
-                at = B.bind(span[0] + i)
+            with B.serial(load(span, 1) - load(span, 0)) as i:
+                at = B.bind(load(span, 0) + i)
                 share.page(B.bind(int64(load(page_values, page_begin + at))), at * page, keys)
         with B.grid(batch, heads) as (b, head):
             partial.merge(load(shares, b), load(shares, b + 1), output, lse, b, head)

@@ -78,22 +78,23 @@ def rope_qkv(
         qkv = argument("qkv", (tokens, width))
         positions = argument("positions", (tokens,), "int32")
         cos_sin = argument("cos_sin", (context, rotary_dim))
-        q_norm = argument("q_norm", (head_dim,)) if qk_norm else None
-        k_norm = argument("k_norm", (head_dim,)) if qk_norm else None
+        # (first head, number of heads, norm) of what is rotated.
+        parts: tuple[tuple[int, int, Buffer | None], ...] = ((0, num_heads + num_kv_heads, None),)
+        if qk_norm:
+            q_norm, k_norm = argument("q_norm", (head_dim,)), argument("k_norm", (head_dim,))
+            parts = ((0, num_heads, q_norm), (num_heads, num_kv_heads, k_norm))
         out = argument("out", (tokens, width))
         rows = _Rows(head_dim, rotary_dim, eps, qkv, cos_sin, out)
         values = (num_heads + num_kv_heads) * head_dim
 
         def row(token: Expr) -> None:
             position = B.bind(int64(load(positions, token)))
-            for start, count, norm in (
-                (0, num_heads, q_norm),
-                (num_heads * head_dim, num_kv_heads, k_norm),
-            ):
+            for first, count, norm in parts:
                 with B.serial(int64(0), int64(count)) as head:
-                    rows.rotate(token, B.bind(head * head_dim + start), position, norm)
-            begin = (token, int64(values))
-            copy(out, begin, qkv, begin, width - values, math.gcd(16, head_dim))
+                    rows.rotate(token, B.bind((head + first) * head_dim), position, norm)
+            with B.serial(int64(0), int64(num_kv_heads)) as head:
+                at = (token, B.bind(head * head_dim + values))
+                copy(out, at, qkv, at, head_dim, math.gcd(16, head_dim))
 
         each_token(tokens, _SERIAL_TOKENS, row)
     return builder.get()

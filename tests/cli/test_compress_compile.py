@@ -10,6 +10,7 @@ import pytest
 from gqsa_compiler.cli.compile import default_output
 from gqsa_compiler.cli.compile_report import print_report
 from gqsa_compiler.cli.main import main_compile
+from gqsa_compiler.targets import host_flags, parse_target
 from tests.cli.conftest import Gqsa
 from tests.tiny_models import make_tiny
 
@@ -100,6 +101,26 @@ def test_compile_reports_runs_and_agrees_with_the_checkpoint(
     answer = gqsa("run", artefact, "-p", "The", "--max-tokens", "4", "--temperature", "0")
     assert answer.code == 0
     assert answer.out
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("target", ["x86-64-v3", "x86-64-v4"])
+@pytest.mark.parametrize("activations", ["float32", "int8"])
+def test_other_targets_run_here(
+    gqsa: Gqsa, checkpoint: Path, tmp_path: Path, target: str, activations: str
+) -> None:
+    missing = set(parse_target(target).required_flags) - host_flags()
+    if missing:
+        pytest.skip(f"this CPU lacks {', '.join(sorted(missing))}, which {target} needs")
+    artefact = tmp_path / "artefact"
+    words = ("--target", target, "--activations", activations, "-o", artefact)
+    assert gqsa("compile", checkpoint, *words).code == 0
+    text = tmp_path / "text.txt"
+    text.write_text(TEXT)
+    scores = gqsa(
+        *("eval", artefact, "--reference", checkpoint, "--text", text, "--context", "48", "--json")
+    ).json
+    assert scores["kl_divergence"] < (1e-4 if activations == "float32" else 5e-2)
 
 
 def test_gqsa_compile_fails_as_the_verb_does(capfd: pytest.CaptureFixture[str]) -> None:

@@ -23,7 +23,9 @@ CHUNK = 16
 def checkpoint(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return a compressed tiny model of each family."""
     folder = tmp_path_factory.mktemp(request.param)
-    return make_checkpoint(make_tiny(request.param, folder / "dense"), folder / "checkpoint")
+    return make_checkpoint(
+        make_tiny(request.param, folder / "dense", gain=1.0), folder / "checkpoint"
+    )
 
 
 @pytest.fixture(scope="module")

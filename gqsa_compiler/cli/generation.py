@@ -1,11 +1,24 @@
-"""What `run` and `chat` share: sampling options as the runtime takes them, and the figures."""
+"""What `run` and `chat` share: loading, sampling options as the runtime takes them, figures."""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from gqsa_compiler.cli.console import progress
+
 if TYPE_CHECKING:
-    from gqsa_compiler.runtime import Generation
+    from gqsa_compiler.runtime import Generation, Model
+
+
+def load_one(directory: Path, *, threads: int | None, context: int | None, verify: bool) -> Model:
+    """Load an artefact for one sequence: its cache holds one context, not a whole batch."""
+    from gqsa_compiler.runtime import load
+
+    # Checking the hashes of a large model reads gigabytes.
+    with progress(transient=True) as report_progress:
+        report_progress("Loading the model", 0, 0)
+        return load(directory, threads=threads, verify=verify, context_length=context, max_batch=1)
 
 
 def given(**settings: Any) -> dict[str, Any]:

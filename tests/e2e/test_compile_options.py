@@ -1,0 +1,168 @@
+"""What `compile` accepts, refuses and reports."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from gqsa_compiler import compile as gqsa_compile
+from gqsa_compiler import runtime
+from gqsa_compiler.errors import CompileError, UsageError
+from gqsa_compiler.runtime.manifest import Manifest
+from tests.tiny_checkpoints import make_checkpoint
+from tests.tiny_models import make_tiny
+
+PROMPT = [5, 17, 80, 33, 9]
+
+
+@pytest.fixture(scope="module")
+def dense(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a tiny dense Llama with two layers."""
+    return make_tiny("llama", tmp_path_factory.mktemp("llama") / "dense", num_hidden_layers=2)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(dense: Path) -> Path:
+    """Return it compressed."""
+    return make_checkpoint(dense, dense.parent / "checkpoint")
+
+
+@pytest.fixture(scope="module")
+def artefact(checkpoint: Path) -> Path:
+    """Return it compiled, with the runtime's libraries and the modules of every phase."""
+    output = checkpoint.parent / "artefact"
+    gqsa_compile(
+        str(checkpoint), output, bundle=True, debug_dump=checkpoint.parent / "dump", max_batch=3
+    )
+    return output
+
+
+def test_the_artefact_is_whole(artefact: Path) -> None:
+    names = {path.name for path in artefact.iterdir()}
+    assert {
+        "model.so",
+        "params.safetensors",
+        "manifest.json",
+        "report.json",
+        "tokenizer.json",
+        "chat_template.jinja",
+        "generation_config.json",
+        "lib",
+    } <= names
+    assert {path.name for path in (artefact / "lib").iterdir()} == {
+        "libtvm_runtime.so",
+        "libtvm_runtime_extra.so",
+        "libtvm_ffi.so",
+    }
+    manifest = Manifest.read(artefact)
+    assert (manifest.model.architecture, manifest.model.max_batch) == ("llama", 3)
+    assert manifest.memory.weights_bytes == sum(
+        int(np.prod(p.shape)) * np.dtype(p.dtype).itemsize for p in manifest.parameters
+    )
+
+
+def test_the_report_accounts_for_every_layer(artefact: Path) -> None:
+    report = json.loads((artefact / "report.json").read_text())
+    # Two layers of qkv, o, gate+up and down, and the tied head.
+    assert report["kernel_counts"] == {"generic.bsr_int4": 8, "generic.dense": 1}
+    assert [f["layer"] for f in report["fallbacks"]] == ["model.embed_tokens"]
+    assert report["fallbacks"][0]["by_choice"]
+    assert 0.2 < np.mean([k["sparsity"] for k in report["kernels"][:-1]]) < 0.6
+    assert 3 < report["bits_per_weight"] < 6
+    assert report["bytes_by_kind"]["embedding"] == 0, "a tied table is counted once, as the head"
+
+
+def test_the_dump_has_a_module_for_each_phase(artefact: Path) -> None:
+    names = sorted(path.name for path in (artefact.parent / "dump").iterdir())
+    assert names == [
+        "0-bind.py",
+        "1-graph.py",
+        "2-dispatch.py",
+        "3-lower.py",
+        "4-memory.py",
+        "5-finalize.py",
+    ]
+    assert "gqsa.linear" in (artefact.parent / "dump" / "1-graph.py").read_text()
+
+
+def test_a_batch_over_the_paged_cache_gives_what_each_prompt_gives_alone(artefact: Path) -> None:
+    prompts = [PROMPT, [9, 8, 7], [40, 41, 42, 43, 44, 45, 46, 47, 48]]
+    with runtime.load(artefact) as model:
+        alone = [model.generate(p, max_tokens=10, temperature=0.0).token_ids for p in prompts]
+        together = model.generate_batch(prompts, max_tokens=10, temperature=0.0)
+    assert [g.token_ids for g in together] == alone
+
+
+def test_an_overwritten_artefact_is_replaced_and_another_file_is_not(
+    dense: Path, artefact: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(UsageError, match="exists"):
+        gqsa_compile(str(dense), artefact, recipe="dense")
+    output = tmp_path / "artefact"
+    shutil.copytree(artefact, output)
+    gqsa_compile(str(dense), output, recipe="dense", overwrite=True)
+    assert {k.weight for k in Manifest.read(output).kernels} == {"float32"}
+
+
+def test_a_dense_model_needs_a_recipe_and_the_error_names_both_ways(
+    dense: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(UsageError, match=r"gqsa compress .*--recipe dense"):
+        gqsa_compile(str(dense), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_compressed_model_takes_no_recipe(checkpoint: Path, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="compressed already"):
+        gqsa_compile(str(checkpoint), tmp_path / "out", recipe="w4s50g16")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"target": "z80"}, "Unknown target 'z80'"),
+        ({"context_length": 0}, "context length"),
+        ({"context_length": 100_000}, r"100000 is more than the model's 256"),
+        ({"prefill_chunk": 0}, "prefill chunk"),
+        ({"max_batch": -1}, "max batch"),
+        ({"activations": "int4"}, "Unknown activations 'int4'"),
+    ],
+)
+def test_a_bad_option_is_one_sentence_and_leaves_nothing(
+    checkpoint: Path, tmp_path: Path, options: dict, message: str
+) -> None:
+    with pytest.raises(UsageError, match=message):
+        gqsa_compile(str(checkpoint), tmp_path / "out", **options)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_no_fallback_names_the_layers_that_stayed_dense(dense: Path, tmp_path: Path) -> None:
+    from gqsa_compiler.checkpoint import CheckpointWriter, QuantizationConfig, from_dense
+    from gqsa_compiler.frontends.source import resolve
+
+    source = resolve(str(dense))
+    partly = tmp_path / "partly"
+    with CheckpointWriter(partly, source.config, QuantizationConfig(ignore=("lm_head",))) as out:
+        for name in source.tensor_names():
+            if name.endswith("mlp.up_proj.weight"):
+                out.add_layer(from_dense(name.removesuffix(".weight"), source.tensor(name), 16))
+            else:
+                out.add_tensor(name, source.tensor(name))
+        source.save_tokenizer(out.directory)
+    with pytest.raises(CompileError, match=r"layers stayed dense.*self_attn"):
+        gqsa_compile(str(partly), tmp_path / "out", no_fallback=True)
+    report = gqsa_compile(str(partly), tmp_path / "out")
+    stayed = [f for f in report.fallbacks if not f.by_choice]
+    # gate and up cannot fold any more: one is dense, the other is not.
+    assert "model.layers.0.mlp.gate_proj" in [f.layer for f in stayed]
+    assert all(f.extra_bytes > 0 for f in stayed)
+
+
+def test_bundles_are_for_this_architecture_only(checkpoint: Path, tmp_path: Path) -> None:
+    with pytest.raises(CompileError, match=r"bundle|aarch64-linux-gnu-g\+\+"):
+        gqsa_compile(str(checkpoint), tmp_path / "out", target="aarch64", bundle=True)
+    assert list(tmp_path.iterdir()) == []
