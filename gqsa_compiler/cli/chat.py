@@ -12,8 +12,8 @@ import typer
 from gqsa_compiler.cli import options
 from gqsa_compiler.cli.command import command
 from gqsa_compiler.cli.console import note, show_settings
-from gqsa_compiler.cli.paths import require_artefact
 from gqsa_compiler.cli.generation import as_dict, figures, given, load_one
+from gqsa_compiler.cli.paths import require_artefact
 from gqsa_compiler.errors import UsageError
 
 if TYPE_CHECKING:

@@ -11,8 +11,8 @@ import typer
 from gqsa_compiler.cli import options
 from gqsa_compiler.cli.command import command
 from gqsa_compiler.cli.console import emit_json, note, show_settings
-from gqsa_compiler.cli.paths import read_text, require_artefact
 from gqsa_compiler.cli.generation import as_dict, figures, given, load_one
+from gqsa_compiler.cli.paths import read_text, require_artefact
 from gqsa_compiler.errors import UsageError
 
 
