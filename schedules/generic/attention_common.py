@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 from gqsa_compiler._tvm import B, tvm
 from gqsa_compiler.errors import CompileError
@@ -20,7 +21,7 @@ from gqsa_compiler.schedules.generic.emit import (
     const,
     extent,
     local,
-    number,
+    scalar,
     span,
 )
 from gqsa_compiler.schedules.generic.math import power_of_two
@@ -28,7 +29,6 @@ from gqsa_compiler.targets import TargetSpec
 
 # The score of a key that a query does not see, and the lse of a query that sees none.
 MASKED = -1e30
-LOG2_E = 1.0 / math.log(2.0)
 _STACK_FLOATS = 255  # TVM's limit of 1024 bytes, exclusive
 
 # Vector lanes -> (query-row vectors, keys) of a score tile: 12 to 24 accumulators fit the registers
@@ -138,7 +138,7 @@ def pages_argument(shape: AttentionShape) -> Buffer:
     return argument("pages", (extent("num_pages"), 2, kv_heads, page, dim))
 
 
-def table_argument(name: str, *shape: Expr | int) -> Buffer:
+def table_argument(name: str, *shape: Any) -> Buffer:
     """Declare an int32 tensor as the next argument; it may begin inside its memory.
 
     The runtime keeps many small tables in one allocation and passes slices of it.
@@ -149,10 +149,10 @@ def table_argument(name: str, *shape: Expr | int) -> Buffer:
 
 def rope_arguments() -> Expr:
     """Declare the RoPE numbers that end every attention kernel's arguments; return ``sm_scale``."""
-    number("rotary_mode", "int32")
-    number("rope_scale", "float32")
-    number("rope_theta", "float32")
-    return number("sm_scale", "float32")
+    scalar("rotary_mode", "int32")
+    scalar("rope_scale", "float32")
+    scalar("rope_theta", "float32")
+    return scalar("sm_scale", "float32")
 
 
 def tile_buffers(count: int, vectors: int, lanes: int) -> list[Buffer]:
@@ -170,6 +170,7 @@ vec = span  # the index of `lanes` consecutive elements
 def exp2(x: Expr, lanes: int) -> Expr:
     """Emit 2**x for float32 x of `lanes` lanes, x <= 64; 2**-125 where x is below that."""
     clamped = B.bind(B.max(x, broadcast(const(-125.0, "float32"), lanes)))
+    # One vector instruction. Rounding by adding 1.5 * 2**23 does not survive TVM's simplifier.
     whole = B.bind(B.nearbyint(clamped))
     return power_of_two(whole, B.bind(clamped - whole))
 

@@ -12,7 +12,6 @@ from typing import Any
 
 from gqsa_compiler._tvm import B
 from gqsa_compiler.schedules.generic.attention_common import (
-    LOG2_E,
     MASKED,
     AttentionShape,
     exp2,
@@ -38,6 +37,7 @@ from gqsa_compiler.schedules.generic.emit import (
     scheduled,
     store,
 )
+from gqsa_compiler.schedules.generic.math import LOG2_E
 
 _SHARE = 128  # keys of a share: few enough to split some hundred keys between cores
 _KEYS = 4  # keys of a score tile, at most

@@ -12,7 +12,6 @@ from typing import Any
 
 from gqsa_compiler._tvm import B
 from gqsa_compiler.schedules.generic.attention_common import (
-    LOG2_E,
     MASKED,
     AttentionShape,
     pages_argument,
@@ -35,10 +34,11 @@ from gqsa_compiler.schedules.generic.emit import (
     extent,
     load,
     local,
-    number,
+    scalar,
     scheduled,
     store,
 )
+from gqsa_compiler.schedules.generic.math import LOG2_E
 
 _RAGGED_BLOCK = 32  # keys of a block where no page sets it
 _INT_MAX = 2**31 - 1
@@ -147,7 +147,7 @@ class _Work:
         tokens = q.shape[0]
         output = argument("output", (tokens, shape.num_heads, shape.head_dim))
         lse = argument("lse", (tokens, shape.num_heads))
-        causal = number("causal", "int32")
+        causal = scalar("causal", "int32")
         sm_scale = rope_arguments()
         return cls(
             shape, block, batch, q, q_indptr, position, offset, output, lse, causal, sm_scale

@@ -39,7 +39,7 @@ def argument(name: str, shape: Sequence[Any], dtype: str = "float32") -> Buffer:
     return B.arg(name, B.buffer(tuple(shape), dtype))
 
 
-def number(name: str, dtype: str) -> Expr:
+def scalar(name: str, dtype: str) -> Expr:
     """Declare the function's next argument, a scalar."""
     return B.arg(name, tvm.tirx.Var(name, dtype))
 

@@ -23,7 +23,7 @@ from gqsa_compiler.schedules.generic.emit import (
     extent,
     int64,
     load,
-    number,
+    scalar,
     scheduled,
     store,
 )
@@ -47,7 +47,7 @@ def split_qkv(shape: AttentionShape) -> Any:
         q = argument("q", (tokens, heads, dim))
         k = argument("k", (tokens, kv_heads, dim))
         v = argument("v", (tokens, kv_heads, dim))
-        number("apply_rope", "int64")
+        scalar("apply_rope", "int64")
 
         def row(n: Expr) -> None:
             for first, count, out in (
@@ -128,8 +128,8 @@ def copy_page(shape: AttentionShape) -> Any:
     """
     with scheduled() as builder:
         pages = pages_argument(shape)
-        source, destination = number("source", "int64"), number("destination", "int64")
-        length = number("length", "int64")
+        source, destination = scalar("source", "int64"), scalar("destination", "int64")
+        length = scalar("length", "int64")
         with B.grid(2, shape.num_kv_heads, length) as (kind, h, slot):
             to, origin = (destination, kind, h, slot, 0), (source, kind, h, slot, 0)
             copy(pages, to, pages, origin, shape.head_dim, shape.feature_lanes)
@@ -170,7 +170,7 @@ def get_kv(shape: AttentionShape, num_layers: int) -> Any:
         position_map = table_argument("position_map", tokens)
         k = argument("k", (num_layers, tokens, kv_heads, dim))
         v = argument("v", (num_layers, tokens, kv_heads, dim))
-        layer = number("layer", "int64")
+        layer = scalar("layer", "int64")
         with B.serial(tokens) as n:
             page, slot = _page_and_slot(shape, load(position_map, n))
             with B.serial(kv_heads) as h:

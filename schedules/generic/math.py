@@ -15,7 +15,7 @@ from gqsa_compiler._tvm import B, T, tvm
 
 Expr = Any
 
-_LOG2_E = 1.4426950408889634
+LOG2_E = 1.4426950408889634
 _LN2_HIGH = 0.693359375
 _LN2_LOW = -2.12194440e-4
 _EXP_MIN = -87.0  # e^x below is still a normal float32
@@ -91,9 +91,9 @@ def power_of_two(whole: Expr, fraction: Expr) -> Expr:
 def exp(x: Expr) -> Expr:
     """``e^x`` to 2 units in the last place; saturates at e^-87 and e^88, so never 0 or infinite."""
     t = B.bind(T.max(T.min(x, splat(_EXP_MAX, x)), splat(_EXP_MIN, x)))
-    n = B.bind(T.nearbyint(t * splat(_LOG2_E, x)))
+    n = B.bind(T.nearbyint(t * splat(LOG2_E, x)))
     r = fma(n, splat(-_LN2_LOW, x), fma(n, splat(-_LN2_HIGH, x), t))
-    return power_of_two(n, B.bind(r * splat(_LOG2_E, x)))
+    return power_of_two(n, B.bind(r * splat(LOG2_E, x)))
 
 
 def sigmoid(x: Expr) -> Expr:
