@@ -7,6 +7,19 @@ from __future__ import annotations
 
 import tvm
 import tvm_ffi
+
+from gqsa_compiler.errors import CompileError
+
+REQUIRED = "0.27"
+
+# Before the names below are imported: another release lacks some of them.
+if not str(tvm.__version__).startswith(f"{REQUIRED}."):
+    raise CompileError(
+        f"gqsa needs apache-tvm {REQUIRED}, and {tvm.__version__} is installed; "
+        f"pip install 'apache-tvm=={REQUIRED}.*'."
+    )
+
+# ruff: noqa: E402
 from tvm import relax, tirx
 from tvm.ir import StringImm
 from tvm.relax.analysis import post_order_visit
@@ -19,10 +32,6 @@ from tvm.script.ir_builder import IRBuilder
 from tvm.target import Target
 from tvm.tirx.script import builder as B
 from tvm_ffi import structural_equal
-
-from gqsa_compiler.errors import CompileError
-
-REQUIRED = "0.27"
 
 # A pass runs behind TVM's C interface, which brings an exception back by its class's name.
 tvm_ffi.register_error("CompileError", CompileError)

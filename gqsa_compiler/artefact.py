@@ -122,20 +122,31 @@ def _linker(target: TargetSpec) -> str:
     )
 
 
-def bundle_libraries(target: TargetSpec, directory: Path) -> None:
-    """Copy TVM's runtime libraries into the artefact, so that it needs no TVM installed.
+def check_tools(target: TargetSpec, *, bundle: bool) -> None:
+    """Check, before any work, that this machine can link for a target and bundle libraries.
 
     Raises
     ------
     CompileError
-        The target is another architecture than this machine's: its libraries are not here.
+        No linker for the target, or a bundle for another architecture than this machine's.
     """
-    if target.arch != host_arch() or sys.platform != "linux":
+    if bundle and (target.arch != host_arch() or sys.platform != "linux"):
         raise CompileError(
             f"--bundle copies this machine's runtime libraries, which {target.name} cannot load; "
             "compile without it and put the target's libtvm_runtime*.so and libtvm_ffi.so in "
             f"{BUNDLE}/."
         )
+    _linker(target)
+
+
+def bundle_libraries(directory: Path) -> None:
+    """Copy TVM's runtime libraries into the artefact, so that it needs no TVM installed.
+
+    Raises
+    ------
+    CompileError
+        The installed packages lack a library.
+    """
     library = directory / BUNDLE
     library.mkdir()
     places = [_package(p) / "lib" for p in ("tvm", "tvm_ffi")]

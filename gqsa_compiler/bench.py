@@ -5,7 +5,6 @@ from __future__ import annotations
 import resource
 import statistics
 import sys
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -14,8 +13,7 @@ import numpy as np
 
 from gqsa_compiler.bandwidth import measure_read_bandwidth
 from gqsa_compiler.errors import UsageError
-
-ProgressCallback = Callable[[str, int, int], None]
+from gqsa_compiler.progress import Progress
 
 
 @dataclass(frozen=True)
@@ -76,7 +74,7 @@ def bench_artefact(
     repeats: int = 5,
     threads: int | None = None,
     verify: bool = True,
-    progress: ProgressCallback | None = None,
+    progress: Progress | None = None,
 ) -> BenchResult:
     """Time an artefact.
 
@@ -92,9 +90,9 @@ def bench_artefact(
     repeats : int
         Timed runs.
     threads : int, optional
-        CPU threads; every CPU this process may use by default.
+        CPU threads; one for every core this process may use by default.
     verify : bool
-        Check the files' hashes first.
+        Check the parameters' hashes first; that of ``model.so`` always is.
     progress : callable, optional
         Called with (stage, done, total).
 

@@ -8,14 +8,14 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gqsa_compiler import artefact, report
 from gqsa_compiler._callable import make_callable
-from gqsa_compiler._tvm import REQUIRED, tvm, tvm_ffi
+from gqsa_compiler._tvm import tvm, tvm_ffi
 from gqsa_compiler.checkpoint import BSRLayer
 from gqsa_compiler.errors import CompileError, UsageError
 from gqsa_compiler.frontends.hf import ImportedModel, import_model
@@ -39,8 +39,6 @@ if TYPE_CHECKING:
 Progress = Callable[[str, int, int], None]
 
 DENSE_RECIPE = "dense"
-DEFAULT_CONTEXT = 2048
-"""Context length, in tokens, of an artefact when the user names none (at most the model's own)."""
 
 
 @dataclass(frozen=True)
@@ -52,7 +50,8 @@ class CompileOptions:
     target : str
         A TARGET name, see docs/targets.md.
     context_length : int or None
-        Longest sequence in tokens; None is the model's own, at most `DEFAULT_CONTEXT`.
+        Longest sequence in tokens; None is the model's own, at most
+        `gqsa_compiler.frontends.hf.DEFAULT_CONTEXT`.
     prefill_chunk : int
         Most tokens of a prompt that one call takes.
     max_batch : int
@@ -118,7 +117,7 @@ def compile_model(
     options = options or CompileOptions()
     target = parse_target(options.target)
     _check_options(options)
-    _check_tvm()
+    artefact.check_tools(target, bundle=options.bundle)
     source = resolve(model)
     compressed = source.checkpoint is not None
     if compressed and recipe is not None:
@@ -131,6 +130,11 @@ def compile_model(
             f"{model} is not compressed. Compress it first (gqsa compress {model} -o CHECKPOINT "
             "--recipe w4s30g16), or compile it with --recipe w4s30g16 (compress on the way) or "
             f"--recipe {DENSE_RECIPE} (as it is)."
+        )
+    if recipe == DENSE_RECIPE and options.no_fallback:
+        raise UsageError(
+            f"--recipe {DENSE_RECIPE} leaves every layer dense, which --no-fallback forbids; "
+            "choose one of the two."
         )
     report_progress = progress or (lambda _stage, _done, _total: None)
     with staged_directory(output, overwrite=overwrite) as staging:
@@ -156,16 +160,13 @@ def _check_options(options: CompileOptions) -> None:
         value = getattr(options, name)
         if value is not None and value < 1:
             raise UsageError(f"{name.replace('_', ' ')} is {value}; it must be at least 1.")
+    if options.max_batch > options.prefill_chunk:
+        raise UsageError(
+            f"max batch is {options.max_batch}, more than the prefill chunk "
+            f"{options.prefill_chunk}; raise --prefill-chunk or lower --max-batch."
+        )
     if options.activations not in ("float32", "int8"):
         raise UsageError(f"Unknown activations {options.activations!r}: float32 or int8.")
-
-
-def _check_tvm() -> None:
-    if not str(tvm.__version__).startswith(f"{REQUIRED}."):
-        raise CompileError(
-            f"gqsa needs apache-tvm {REQUIRED}, and {tvm.__version__} is installed; "
-            f"pip install 'apache-tvm=={REQUIRED}.*'."
-        )
 
 
 @dataclass
@@ -189,12 +190,7 @@ class _Compilation:
     def write(self, directory: Path, output: Path) -> CompileReport:
         """Compile into `directory`, which will become `output`."""
         with self._stage("importing the model"):
-            imported = import_model(
-                self.source,
-                context_length=self._context_length(),
-                prefill_chunk=self.options.prefill_chunk,
-                max_batch=self.options.max_batch,
-            )
+            imported = import_model(self.source, context_length=self.options.context_length)
             weights = _Weights(self.source, imported)
             records = weights.records()
         with self._stage("running passes"):
@@ -218,16 +214,16 @@ class _Compilation:
         self.seconds["packing weights"] = time.perf_counter() - begin
         self.source.save_tokenizer(directory)
         if self.options.bundle:
-            artefact.bundle_libraries(self.target, directory)
+            artefact.bundle_libraries(directory)
         kinds = report.bytes_by_kind(plan)
         result = CompileReport(
             output=str(output),
             target=self.target.name,
             bytes_by_kind=kinds,
             bits_per_weight=report.bits_per_weight(plan),
-            bytes_per_token=sum(use.bytes for use in uses) + kinds["other"],
+            bytes_per_token=report.bytes_per_token(plan),
             workspace_bytes=workspace,
-            kv_cache_bytes_per_token=_kv_bytes(imported),
+            kv_cache_bytes_per_token=_kv_spec(imported).bytes_per_token,
             kernels=uses,
             kernel_counts=dict(Counter(use.kernel for use in uses)),
             fallbacks=fallbacks,
@@ -238,42 +234,39 @@ class _Compilation:
         (directory / "report.json").write_text(text + "\n", encoding="utf-8")
         return result
 
-    def _context_length(self) -> int | None:
-        """Return what the user asked for, or the model's own length, at most the default."""
-        own = self.source.config.get("max_position_embeddings")
-        if self.options.context_length is None and isinstance(own, int):
-            return min(own, DEFAULT_CONTEXT)
-        return self.options.context_length
-
     def _ignored(self) -> tuple[str, ...]:
         checkpoint = self.source.checkpoint
         return () if checkpoint is None else tuple(checkpoint.quantization.ignore)
 
+    def _prefill_chunk(self, imported: ImportedModel) -> int:
+        """Return the most tokens of one call: no more than the context, no fewer than a batch."""
+        chunk = min(self.options.prefill_chunk, imported.model.context_length)
+        return max(chunk, self.options.max_batch)
+
     def _run_passes(
         self, imported: ImportedModel, records: tuple[ParamRecord, ...]
     ) -> tuple[tvm.IRModule, PackPlan, int]:
-        chunk = min(self.options.prefill_chunk, imported.model.context_length)
         options = PipelineOptions(
             self.target,
             _kv_spec(imported),
             {
-                "n": max(chunk, self.options.max_batch),
+                "n": self._prefill_chunk(imported),
                 "m": max(self.options.max_batch, manifests.SCORE_ROWS),
             },
             self.options.activations,
         )
-        workspace = 0
+        workspace = phases = 0
         dump = self.options.debug_dump
         if dump is not None:
             dump.mkdir(parents=True, exist_ok=True)
 
         def observe(phase: str, mod: tvm.IRModule) -> None:
-            nonlocal workspace
+            nonlocal workspace, phases
             if phase == "memory":
                 workspace = workspace_bytes(mod)
             if dump is not None:
-                number = len(list(dump.glob("*.py")))
-                (dump / f"{number}-{phase}.py").write_text(mod.script(), encoding="utf-8")
+                (dump / f"{phases}-{phase}.py").write_text(mod.script(), encoding="utf-8")
+            phases += 1
 
         mod, plan = run(imported.mod, records, options, observe)
         return mod, plan, workspace
@@ -303,7 +296,7 @@ class _Compilation:
                 num_key_value_heads=model.num_key_value_heads,
                 head_dim=model.head_dim,
                 context_length=model.context_length,
-                prefill_chunk=min(self.options.prefill_chunk, model.context_length),
+                prefill_chunk=self._prefill_chunk(imported),
                 max_batch=self.options.max_batch,
                 sliding_window=model.sliding_window,
                 bos_token_id=model.bos_token_id,
@@ -322,7 +315,7 @@ class _Compilation:
             ),
             parameters_file=artefact.PARAMETERS,
             parameters=parameters,
-            kernels=tuple(manifests.Kernel(**asdict(use)) for use in result.kernels),
+            kernels=result.kernels,
             bytes_per_token=result.bytes_per_token,
         )
 
@@ -374,7 +367,6 @@ class _Weights:
         layer = self._layers.get(name)
         if layer is None:
             return ParamRecord(name, "dense", self._dense_dtype(name, shape, stored), shape)
-        counts = layer.indptr[1:] - layer.indptr[:-1]
         return ParamRecord(
             name,
             "bsr_int4",
@@ -382,7 +374,6 @@ class _Weights:
             layer.shape,
             group_size=layer.group_size,
             nnz=layer.nnz,
-            max_row_nnz=int(counts.max(initial=0)),
             symmetric=layer.symmetric,
         )
 
@@ -397,12 +388,6 @@ def _kv_spec(imported: ImportedModel) -> KVCacheSpec:
         attn_kinds=tuple(model.attn_kinds),
         sliding_window=model.sliding_window,
     )
-
-
-def _kv_bytes(imported: ImportedModel) -> int:
-    model = imported.model
-    itemsize = {"float32": 4, "float16": 2}[_kv_spec(imported).dtype]
-    return 2 * model.num_layers * model.num_key_value_heads * model.head_dim * itemsize
 
 
 def _compile(

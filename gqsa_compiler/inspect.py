@@ -7,11 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from gqsa_compiler.errors import ModelError, UsageError
-
-
-def is_artefact(path: str | Path) -> bool:
-    """Tell whether a directory is a compiled artefact, by its manifest."""
-    return (Path(path) / "manifest.json").is_file()
+from gqsa_compiler.runtime.manifest import Manifest, is_artefact
 
 
 def inspect_path(path: str | Path) -> dict[str, Any]:
@@ -42,8 +38,6 @@ def inspect_path(path: str | Path) -> dict[str, Any]:
     if not path.exists():
         raise UsageError(f"{path} does not exist.")
     if is_artefact(path):
-        from gqsa_compiler.runtime.manifest import Manifest
-
         return Manifest.read(path).to_dict()
     if path.is_dir() and is_checkpoint(path):
         return inspect_checkpoint(path)

@@ -12,10 +12,11 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from gqsa_compiler.errors import GqsaError, UsageError
+from gqsa_compiler.runtime.manifest import MANIFEST_FILE
 
 # Every directory that this project writes holds one of these. `overwrite` deletes nothing else,
 # so that a slip such as `-o ~ --overwrite` costs nobody their files.
-_OUTPUT_MARKS = ("config.json", "manifest.json")
+_OUTPUT_MARKS = ("config.json", MANIFEST_FILE)
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 _RENAME_EXCHANGE = 2
 _AT_FDCWD = -100

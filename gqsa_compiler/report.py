@@ -2,35 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-import numpy as np
-
+from gqsa_compiler.artefact import np_dtype
 from gqsa_compiler.passes.plan import BiasTensor, Kernel, PackedTensor, PackPlan, RawTensor, Tensor
-
-
-@dataclass(frozen=True)
-class KernelUse:
-    """One kernel of the compiled model and what it reads.
-
-    `bytes` is what one pass over its weights reads; `fallback` says that the layer could have
-    been sparse but is dense.
-    """
-
-    layer: str
-    kernel: str
-    layout_version: int
-    config: dict[str, Any]
-    n: int
-    k: int
-    weight: str
-    group_size: int | None
-    sparsity: float
-    bytes: int
-    fallback: bool
+from gqsa_compiler.runtime.manifest import Kernel as KernelInfo
 
 
 @dataclass(frozen=True)
@@ -54,14 +34,15 @@ class CompileReport:
         The artefact's directory.
     target : str
     bytes_by_kind : dict
-        ``compressed``, ``dense_linear``, ``embedding``, ``other``; their sum is the size of the
-        weights in memory. A tied embedding counts as ``dense_linear``: the head reads it.
+        ``compressed``, ``dense_linear``, ``tables`` (embeddings and rotary tables, of which a token
+        reads one row) and ``other`` (norms, biases); their sum is the size of the weights in
+        memory. A tied embedding counts as ``dense_linear``: the head reads all of it.
     bits_per_weight : float
         Of the compressed layers, packed, over their decoded size N * K; 0 when there are none.
     bytes_per_token : int
         Weight bytes that one decoded token reads.
     workspace_bytes, kv_cache_bytes_per_token : int
-    kernels : tuple of KernelUse
+    kernels : tuple of KernelInfo
     kernel_counts : dict
         Layers served, by kernel name.
     fallbacks : tuple of Fallback
@@ -76,7 +57,7 @@ class CompileReport:
     bytes_per_token: int
     workspace_bytes: int
     kv_cache_bytes_per_token: int
-    kernels: tuple[KernelUse, ...]
+    kernels: tuple[KernelInfo, ...]
     kernel_counts: dict[str, int]
     fallbacks: tuple[Fallback, ...]
     seconds: dict[str, float]
@@ -88,9 +69,7 @@ class CompileReport:
 
 def tensor_bytes(tensor: Tensor) -> int:
     """Bytes of one tensor of the plan."""
-    # Not np.dtype(): numpy has no bfloat16 of its own.
-    item = 2 if tensor.dtype == "bfloat16" else np.dtype(tensor.dtype).itemsize
-    return int(np.prod(tensor.shape, dtype=np.int64)) * item
+    return math.prod(tensor.shape) * np_dtype(tensor.dtype).itemsize
 
 
 def kernel_bytes(plan: PackPlan, kernel: Kernel) -> int:
@@ -104,7 +83,7 @@ def kernel_bytes(plan: PackPlan, kernel: Kernel) -> int:
 
 def kernel_uses(
     plan: PackPlan, compressed: bool, ignored: Sequence[str]
-) -> tuple[tuple[KernelUse, ...], tuple[Fallback, ...]]:
+) -> tuple[tuple[KernelInfo, ...], tuple[Fallback, ...]]:
     """Describe every kernel of a plan and list the layers that stayed dense.
 
     Parameters
@@ -123,7 +102,7 @@ def kernel_uses(
         on_purpose = all(_is_ignored(record.layer, ignored) for record in kernel.records)
         total = spec.n * (spec.k // spec.group_size) if spec.group_size else 0
         uses.append(
-            KernelUse(
+            KernelInfo(
                 kernel.name,
                 kernel.rule.name,
                 kernel.rule.layout_version,
@@ -161,17 +140,26 @@ def kernel_uses(
 
 
 def _is_ignored(layer: str, ignored: Sequence[str]) -> bool:
-    """A layer is ignored by its full name, or by its last component; a tied head is `lm_head`."""
-    names = {layer, layer.rpartition(".")[2]}
-    if layer.endswith("embed_tokens"):
-        names.add("lm_head")
-    return bool(names & set(ignored))
+    """Whether the checkpoint lists a layer; a head that is tied to the embedding is `lm_head`."""
+    return layer in ignored or (layer.endswith("embed_tokens") and "lm_head" in ignored)
+
+
+def bytes_per_token(plan: PackPlan) -> int:
+    """Weight bytes that one decoded token reads: all kernels, norms and biases, a row of tables."""
+    total = sum(kernel_bytes(plan, kernel) for kernel in plan.kernels)
+    heads = {k.records[0].name for k in plan.kernels if k.shares_stored_tensor}
+    for tensor in plan.tensors:
+        if isinstance(tensor, PackedTensor) or tensor.name in heads:
+            continue
+        rows = tensor.shape[0] if len(tensor.shape) > 1 else 1
+        total += tensor_bytes(tensor) // rows
+    return total
 
 
 def bytes_by_kind(plan: PackPlan) -> dict[str, int]:
     """Sum the plan's bytes by kind of tensor."""
     heads = {k.records[0].name for k in plan.kernels if k.shares_stored_tensor}
-    kinds: Counter[str] = Counter(compressed=0, dense_linear=0, embedding=0, other=0)
+    kinds: Counter[str] = Counter(compressed=0, dense_linear=0, tables=0, other=0)
     for tensor in plan.tensors:
         if isinstance(tensor, PackedTensor):
             kind = "dense_linear" if tensor.kernel.spec.weight == "dense" else "compressed"
@@ -180,7 +168,7 @@ def bytes_by_kind(plan: PackPlan) -> dict[str, int]:
         elif tensor.name in heads:
             kind = "dense_linear"
         else:
-            kind = "embedding" if "embed" in tensor.name else "other"
+            kind = "tables"
         kinds[kind] += tensor_bytes(tensor)
     return dict(kinds)
 

@@ -2,32 +2,43 @@
 
 from __future__ import annotations
 
-import platform
-import re
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from gqsa_compiler.errors import UsageError
+from gqsa_compiler.runtime.cpus import host_arch, host_flags
 
-# Linux's /proc/cpuinfo flag -> LLVM's feature name, for the features our x86 code may use.
-_X86_FLAGS = {
-    "avx2": "avx2",
-    "fma": "fma",
-    "f16c": "f16c",
-    "avx512f": "avx512f",
-    "avx512bw": "avx512bw",
-    "avx512cd": "avx512cd",
-    "avx512dq": "avx512dq",
-    "avx512vl": "avx512vl",
-    "avx512_vnni": "avx512vnni",
-    "avx_vnni": "avxvnni",
-    "avx512_bf16": "avx512bf16",
-    "avx512vbmi": "avx512vbmi",
+# LLVM's feature name -> Linux's /proc/cpuinfo flags that code with it needs. Only what a kernel
+# asks for: whatever is listed, LLVM uses wherever it can, and machines without it are refused.
+_X86_FEATURES: Mapping[str, tuple[str, ...]] = {
+    "avx2": ("avx", "avx2", "xsave"),
+    "f16c": ("avx", "f16c", "xsave"),
+    "fma": ("avx", "fma", "xsave"),
+    "avx512bw": ("avx512bw",),
+    "avx512cd": ("avx512cd",),
+    "avx512dq": ("avx512dq",),
+    "avx512f": ("avx512f",),
+    "avx512vl": ("avx512vl",),
 }
-_X86_V3 = ("avx2", "fma", "f16c")
-_X86_V4 = (*_X86_V3, "avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl")
-_ARM_FLAGS = {"asimd": "neon", "asimdhp": "fullfp16", "asimddp": "dotprod", "i8mm": "i8mm"}
+_ARM_FEATURES: Mapping[str, tuple[str, ...]] = {
+    "neon": ("asimd",),
+    "dotprod": ("asimddp",),
+    "i8mm": ("i8mm",),
+}
+_X86_256 = frozenset({"avx2", "f16c", "fma"})
+_X86_512 = _X86_256 | {"avx512bw", "avx512cd", "avx512dq", "avx512f", "avx512vl"}
+
+# LLVM's x86 levels, the lowest first, and the flags that each adds: with a level as `mcpu`, LLVM
+# emits any of its instructions (BMI2's shifts, MOVBE ...), asked for or not.
+_X86_LEVELS: Mapping[str, tuple[str, ...]] = {
+    "x86-64": (),
+    "x86-64-v2": ("cx16", "lahf_lm", "pni", "popcnt", "sse4_1", "sse4_2", "ssse3"),
+    "x86-64-v3": (
+        "abm", "avx", "avx2", "bmi1", "bmi2", "f16c", "fma", "movbe", "xsave",
+    ),
+    "x86-64-v4": ("avx512bw", "avx512cd", "avx512dq", "avx512f", "avx512vl"),
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -43,10 +54,11 @@ class TargetSpec:
     arch : str
         ``x86_64`` or ``aarch64``, as `platform.machine` says it.
     cpu : str
-        LLVM's ``mcpu``: a level, never one machine's name, so that `features` tells the whole.
+        LLVM's ``mcpu``: a level, never one machine's name, so that it and `features` tell all
+        that the code may use.
     features : tuple of str
-        LLVM feature names the code may use beyond the level, sorted. The runtime refuses a
-        machine that lacks any of `required_flags`.
+        LLVM feature names that our kernels use, sorted. The runtime refuses a machine that lacks
+        any of `required_flags`.
     triple : str
         LLVM's target triple.
     """
@@ -69,9 +81,12 @@ class TargetSpec:
 
     @property
     def required_flags(self) -> tuple[str, ...]:
-        """The features under the names of /proc/cpuinfo, sorted."""
-        table = _X86_FLAGS if self.arch == "x86_64" else _ARM_FLAGS
-        return tuple(sorted(flag for flag, llvm in table.items() if llvm in self.features))
+        """What a machine must have to run the code, in the names of /proc/cpuinfo, sorted."""
+        if self.arch == "x86_64":
+            needed = _level_flags(self.cpu) | _flags_of(_X86_FEATURES, self.features)
+        else:
+            needed = _flags_of(_ARM_FEATURES, self.features)
+        return tuple(sorted(needed))
 
     def tvm_dict(self) -> dict[str, Any]:
         """Return the dictionary that `tvm.target.Target` takes."""
@@ -83,45 +98,60 @@ class TargetSpec:
         }
 
 
-def _x86(name: str, level: str, features: set[str]) -> TargetSpec:
+def _flags_of(table: Mapping[str, tuple[str, ...]], features: Collection[str]) -> set[str]:
+    return {flag for feature in features for flag in table[feature]}
+
+
+def _level_flags(level: str) -> set[str]:
+    """Collect the flags of an x86 level and of all below it."""
+    names = list(_X86_LEVELS)
+    below = names[: names.index(level) + 1]
+    return {flag for name in below for flag in _X86_LEVELS[name]}
+
+
+def _x86(name: str, level: str, features: Collection[str]) -> TargetSpec:
     return TargetSpec(name, "llvm", "x86_64", level, tuple(sorted(features)), "x86_64-linux-gnu")
 
 
-def _arm(name: str, features: set[str]) -> TargetSpec:
+def _arm(name: str, features: Collection[str]) -> TargetSpec:
     return TargetSpec(
         name, "llvm", "aarch64", "generic", tuple(sorted(features)), "aarch64-linux-gnu"
     )
 
 
-def host_flags(cpuinfo: Path = Path("/proc/cpuinfo")) -> frozenset[str]:
-    """Read this machine's CPU flags; empty where the system does not tell."""
-    try:
-        text = cpuinfo.read_text()
-    except OSError:
-        return frozenset()
-    match = re.search(r"^(?:flags|Features)\s*:\s*(.+)$", text, re.MULTILINE)
-    return frozenset(match.group(1).split()) if match else frozenset()
+def host_target(name: str, arch: str, flags: Collection[str]) -> TargetSpec:
+    """Choose the best target for a machine.
 
+    Parameters
+    ----------
+    name : str
+        The target's name.
+    arch : str
+        As `host_arch` says it.
+    flags : collection of str
+        As `host_flags` reads them.
 
-def host_arch() -> str:
-    """Return this machine's architecture under the name that `TargetSpec.arch` uses."""
-    return {"AMD64": "x86_64", "arm64": "aarch64"}.get(platform.machine(), platform.machine())
+    Returns
+    -------
+    TargetSpec
+        Its `required_flags` are all among `flags` (on Arm: but ``asimd``, which every 64-bit Arm
+        has).
 
-
-def _host(name: str) -> TargetSpec:
-    machine = host_arch()
-    flags = host_flags()
-    if machine == "x86_64":
-        have = {llvm for flag, llvm in _X86_FLAGS.items() if flag in flags}
-        if have.issuperset(_X86_V4):
-            return _x86(name, "x86-64-v4", have)
-        have = {f for f in have if not f.startswith("avx512")}
-        level = "x86-64-v3" if have.issuperset(_X86_V3) else "x86-64-v2"
-        return _x86(name, level, have)
-    if machine == "aarch64":
-        return _arm(name, {llvm for flag, llvm in _ARM_FLAGS.items() if flag in flags} | {"neon"})
+    Raises
+    ------
+    UsageError
+        There is no code generator for the architecture.
+    """
+    have = set(flags)
+    if arch == "x86_64":
+        level = [level for level in _X86_LEVELS if _level_flags(level) <= have][-1]
+        # Where a hypervisor hides some of a level's flags, its vectors are used all the same.
+        features = {name for name, needs in _X86_FEATURES.items() if have.issuperset(needs)}
+        return _x86(name, level, features if features >= _X86_512 else features & _X86_256)
+    if arch == "aarch64":
+        return _arm(name, {"neon", "dotprod"} if "asimddp" in have else {"neon"})
     raise UsageError(
-        f"This machine's architecture is {machine}, which gqsa cannot compile for; "
+        f"This machine's architecture is {arch}, which gqsa cannot compile for; "
         "name a target with --target."
     )
 
@@ -138,13 +168,16 @@ def parse_target(name: str) -> TargetSpec:
         The name is unknown; the message lists those that exist.
     """
     if name == "cpu":
-        return _host(name)
+        return host_target(name, host_arch(), host_flags())
     if name == "x86-64-v3":
-        return _x86(name, "x86-64-v3", set(_X86_V3))
+        return _x86(name, "x86-64-v3", _X86_256)
     if name == "x86-64-v4":
-        return _x86(name, "x86-64-v4", set(_X86_V4))
+        return _x86(name, "x86-64-v4", _X86_512)
     if name == "aarch64":
         return _arm(name, {"neon", "dotprod"})
     if name == "aarch64-i8mm":
         return _arm(name, {"neon", "dotprod", "i8mm"})
     raise UsageError(f"Unknown target {name!r}; choose one of {', '.join(TARGET_NAMES)}.")
+
+
+__all__ = ["TARGET_NAMES", "TargetSpec", "host_arch", "host_flags", "host_target", "parse_target"]

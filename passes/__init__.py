@@ -1,1 +1,1 @@
-"""TODO."""
+"""Relax and TIR passes, one a file; `pipeline` lists them in order."""

@@ -75,10 +75,7 @@ def stack(calls: Sequence[LinearCall]) -> LinearCall | None:
     bias on some only), or already have an epilogue beyond a bias.
     """
     first = calls[0]
-    alike = [
-        replace(c.spec, n=0, nnz=0, max_row_nnz=0) == replace(first.spec, n=0, nnz=0, max_row_nnz=0)
-        for c in calls
-    ]
+    alike = [replace(c.spec, n=0, nnz=0) == replace(first.spec, n=0, nnz=0) for c in calls]
     plain = replace(first.spec.epilogue, bias=False) == type(first.spec.epilogue)()
     if not all(alike) or not plain or first.norm is not None:
         return None
@@ -88,7 +85,6 @@ def stack(calls: Sequence[LinearCall]) -> LinearCall | None:
         first.spec,
         n=sum(c.spec.n for c in calls),
         nnz=sum(c.spec.nnz for c in calls),
-        max_row_nnz=max(c.spec.max_row_nnz for c in calls),
     )
     return LinearCall(
         spec,

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from gqsa_compiler._tvm import Target, relax, tvm
+from gqsa_compiler.passes.attach_kv_cache import AttachKVCache
 from gqsa_compiler.passes.bind import BindRecords
 from gqsa_compiler.passes.fold_parallel_linears import FoldParallelLinears
 from gqsa_compiler.passes.fuse_epilogue import FuseActivation, FuseBias, FuseResidual
@@ -17,7 +18,7 @@ from gqsa_compiler.passes.rewrite_linear import RewriteLinear
 from gqsa_compiler.passes.schedule_rest import CheckScheduled, ScheduleRest
 from gqsa_compiler.passes.select_kernels import SelectKernels
 from gqsa_compiler.passes.select_norms import SelectNorms
-from gqsa_compiler.schedules.kv_cache import KVCacheSpec, attach_kv_cache
+from gqsa_compiler.schedules.kv_cache import KVCacheSpec
 from gqsa_compiler.schedules.spec import ActivationDtype
 from gqsa_compiler.targets import TargetSpec
 
@@ -75,18 +76,20 @@ def phases(
             [
                 SelectKernels(options.target, plan),  # rule, configuration, packed parameters
                 SelectNorms(),  # norms that nothing absorbed
-                _attach_kv_cache(options),  # the paged cache with this target's attention
+                AttachKVCache(
+                    options.kv_cache, options.target
+                ),  # with this target's attention
             ],
         ),
         (
             "lower",
             [
                 transform.LegalizeOps(),  # what is left of Relax operators -> TIR
-                transform.AnnotateTIROpPattern(),
-                transform.FoldConstant(),
+                transform.AnnotateTIROpPattern(),  # says which of them may fuse
+                transform.FoldConstant(),  # computes what does not depend on the inputs
                 transform.FuseOps(),  # chains of element-wise operators
-                transform.FuseTIR(),
-                transform.DeadCodeElimination(),
+                transform.FuseTIR(),  # each chain -> one PrimFunc
+                transform.DeadCodeElimination(),  # drops the functions that fused away
                 ScheduleRest(),  # vectorise those
                 CheckScheduled(),  # nothing unscheduled may reach code generation
             ],
@@ -94,22 +97,22 @@ def phases(
         (
             "memory",
             [
-                transform.RewriteDataflowReshape(),
-                transform.ToNonDataflow(),
-                transform.RemovePurityChecking(),
-                transform.CallTIRRewrite(),
-                transform.StaticPlanBlockMemory(),
+                transform.RewriteDataflowReshape(),  # a reshape is a view, not a copy
+                transform.ToNonDataflow(),  # dataflow blocks end: allocation has effects
+                transform.RemovePurityChecking(),  # for the same reason
+                transform.CallTIRRewrite(),  # outputs are allocated and passed in
+                transform.StaticPlanBlockMemory(),  # buffers share storage, sized by the bounds
             ],
         ),
         (
             "finalize",
             [
-                transform.LowerAllocTensor(),
-                transform.KillAfterLastUse(),
-                transform.LowerRuntimeBuiltin(),
-                transform.ComputePrimValue(),
-                transform.VMShapeLower(),
-                transform.AttachGlobalSymbol(),
+                transform.LowerAllocTensor(),  # to storage and tensors
+                transform.KillAfterLastUse(),  # frees what is not planned
+                transform.LowerRuntimeBuiltin(),  # to calls of the VM
+                transform.ComputePrimValue(),  # scalar arithmetic -> host functions
+                transform.VMShapeLower(),  # symbolic shapes -> the shape heap
+                transform.AttachGlobalSymbol(),  # names for the linker
             ],
         ),
     )
@@ -145,12 +148,3 @@ def run(
             if observe is not None:
                 observe(name, mod)
     return mod, plan
-
-
-def _attach_kv_cache(options: PipelineOptions) -> tvm.transform.Pass:
-    def transform(mod: tvm.IRModule, _ctx: tvm.transform.PassContext) -> tvm.IRModule:
-        if options.kv_cache is None:
-            return mod
-        return attach_kv_cache(mod, options.kv_cache, options.target)
-
-    return tvm.transform.module_pass(transform, opt_level=0, name="AttachKVCache")

@@ -27,8 +27,8 @@ class ParamRecord:
         Storage dtype of a dense tensor; ``int4`` for a compressed one.
     shape : tuple of int
         Of the decoded tensor.
-    group_size, nnz, max_row_nnz : int
-        G, kept groups, and the most kept groups of a row; 0 for dense.
+    group_size, nnz : int
+        G and kept groups; 0 for dense.
     symmetric : bool
         No stored zero points.
     """
@@ -39,20 +39,12 @@ class ParamRecord:
     shape: tuple[int, ...]
     group_size: int = 0
     nnz: int = 0
-    max_row_nnz: int = 0
     symmetric: bool = False
 
     @property
     def layer(self) -> str:
         """The module that owns the parameter: the name without ``.weight``."""
         return self.name.removesuffix(".weight")
-
-    @property
-    def sparsity(self) -> float:
-        """Share of dropped groups."""
-        if self.storage == "dense":
-            return 0.0
-        return 1.0 - self.nnz / (self.shape[0] * (self.shape[1] // self.group_size))
 
 
 def attach(mod: tvm.IRModule, records: Sequence[ParamRecord]) -> tvm.IRModule:

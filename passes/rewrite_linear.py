@@ -41,7 +41,6 @@ def _spec(record: ParamRecord, activation_dtype: ActivationDtype) -> LinearSpec:
         "int4",
         group_size=record.group_size,
         nnz=record.nnz,
-        max_row_nnz=record.max_row_nnz,
         symmetric=record.symmetric,
         activation_dtype=activation_dtype,
     )

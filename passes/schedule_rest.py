@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from gqsa_compiler._tvm import Schedule, tirx, tvm
 from gqsa_compiler.errors import CompileError
+from gqsa_compiler.schedules.generic.emit import SCHEDULED
 
-SCHEDULED = "tirx.is_scheduled"
 _LANES = 16
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+import re
+import secrets
+from collections.abc import Callable, Collection, Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Any, NoReturn
@@ -92,18 +94,55 @@ class ChatTemplate:
         except (jinja2.TemplateError, TypeError, ValueError, KeyError) as error:
             raise UsageError(f"The model's chat template refuses the messages: {error}.") from None
 
+    def render_parts(
+        self, messages: Sequence[Mapping[str, Any]], special: Collection[str], **options: Any
+    ) -> list[tuple[str, bool]]:
+        """Render a conversation and tell the template's special tokens from the messages' text.
+
+        Parameters
+        ----------
+        messages, **options
+            As in `render`.
+        special : collection of str
+            The texts that the tokenizer reads as special tokens.
+
+        Returns
+        -------
+        list of (str, bool)
+            Together the text that `render` gives. True marks what stands in a message and is
+            spelled like a special token, but is none: the words of whoever wrote the message.
+
+        Raises
+        ------
+        UsageError
+            As in `render`.
+
+        """
+        spellings = sorted(filter(None, special), key=len, reverse=True)
+        if not spellings:
+            return [(self.render(messages, **options), False)]
+        # Digits only, whatever a template does to text; too many of them for a message to guess.
+        mark = f"{secrets.randbelow(10**30):030}"
+        pattern = re.compile("|".join(map(re.escape, spellings)))
+
+        def hide(text: str) -> str:
+            return pattern.sub(lambda found: f"{mark}{spellings.index(found[0]):06}", text)
+
+        text = self.render([_map_text(message, hide) for message in messages], **options)
+        pieces = re.split(f"{mark}([0-9]{{6}})", text)
+        parts = [(spellings[int(p)], True) if i % 2 else (p, False) for i, p in enumerate(pieces)]
+        return [part for part in parts if part[0]]
+
 
 def load_template(directory: Path, tokenizer_config: Mapping[str, Any]) -> ChatTemplate | None:
-    """Build the template of `chat_template.jinja`, else of `tokenizer_config.json`, if any."""
+    """Build the template of `chat_template.jinja`, where the compiler puts it, if there is one."""
     path = directory / TEMPLATE_FILE
-    source: Any = tokenizer_config.get("chat_template")
-    if path.is_file():
+    try:
         source = path.read_text(encoding="utf-8")
-    elif isinstance(source, list):  # several named ones
-        named = {t.get("name"): t.get("template") for t in source if isinstance(t, dict)}
-        source = named.get("default")
-    if not isinstance(source, str):
+    except FileNotFoundError:
         return None
+    except (OSError, ValueError) as error:
+        raise ArtefactError(f"{path} cannot be read: {error}.") from None
     return ChatTemplate(source, special_tokens(tokenizer_config))
 
 
@@ -115,6 +154,17 @@ def special_tokens(tokenizer_config: Mapping[str, Any]) -> dict[str, str]:
         if key.endswith("_token") and isinstance(text, str):
             tokens[key] = text
     return tokens
+
+
+def _map_text(value: Any, change: Callable[[str], str]) -> Any:
+    """Copy plain data with every string in it changed, keys excepted."""
+    if isinstance(value, str):
+        return change(value)
+    if isinstance(value, Mapping):
+        return {key: _map_text(item, change) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_map_text(item, change) for item in value]
+    return value
 
 
 def _tojson(

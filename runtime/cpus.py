@@ -1,11 +1,30 @@
-"""Which CPUs this process may use, and how many threads suit them."""
+"""What this processor can do, which of its CPUs are ours, and how many threads suit them."""
 
 from __future__ import annotations
 
 import os
+import platform
+import re
 from pathlib import Path
 
 _SYSTEM = Path("/sys")
+_ARCHITECTURES = {"AMD64": "x86_64", "arm64": "aarch64"}  # other systems' names
+
+
+def host_arch() -> str:
+    """Return this machine's architecture by its Linux name: ``x86_64``, ``aarch64``."""
+    machine = platform.machine()
+    return _ARCHITECTURES.get(machine, machine)
+
+
+def host_flags(cpuinfo: Path = Path("/proc/cpuinfo")) -> frozenset[str]:
+    """Read this machine's CPU flags; empty where the system does not tell."""
+    try:
+        text = cpuinfo.read_text()
+    except OSError:
+        return frozenset()
+    match = re.search(r"^(?:flags|Features)\s*:\s*(.+)$", text, re.MULTILINE)
+    return frozenset(match.group(1).split()) if match else frozenset()
 
 
 def allowed_cpus(system: Path = _SYSTEM) -> list[int]:

@@ -50,7 +50,9 @@ class Program:
             directory / manifest.parameters_file, manifest.parameters, verify=verify
         )
         self.manifest = manifest
-        self.module = library.load_executable(libraries, directory / manifest.library.file)
+        self.module = library.load_executable(
+            libraries, directory / manifest.library.file, manifest.versions.tvm
+        )
         # A typed view made by TVM itself: numpy has no bfloat16 to say it in.
         create_view = tvm_ffi.get_global_func("runtime.TVMTensorCreateView")
         self.parameters = tvm_ffi.Array(
@@ -92,7 +94,7 @@ class Session:
     ) -> None:
         model = program.manifest.model
         self.context_length = _limit("context_length", context_length, model.context_length)
-        self.max_batch = _limit("max_batch", max_batch, min(model.max_batch, model.prefill_chunk))
+        self.max_batch = _limit("max_batch", max_batch, model.max_batch)
         self.vocab_size = model.vocab_size
         self._cpus = cpus.allowed_cpus()
         if threads is not None and not 1 <= threads <= len(self._cpus):

@@ -10,20 +10,26 @@ from __future__ import annotations
 import ctypes
 import hashlib
 import importlib.util
-import platform
 import re
+import sys
+from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from gqsa_compiler.runtime.cpus import host_arch, host_flags
 from gqsa_compiler.runtime.errors import ArtefactError
 from gqsa_compiler.runtime.manifest import Manifest, Target
 
 RUNTIME_LIBRARIES = ("libtvm_runtime.so", "libtvm_runtime_extra.so")
+"""TVM's runtime, in loading order."""
+BUNDLE = "lib"
+"""The artefact's folder that has them, if it brings its own."""
 _CPU = 1
-_SAME_ARCH = {"AMD64": "x86_64", "arm64": "aarch64"}
 # A function that only the second runtime library registers: its presence means both are loaded.
 _WITNESS = "vm.builtin.kv_state_add_sequence"
+# Registered where the runtime itself is, when we load it: it cannot tell its version.
+_VERSION = "gqsa.tvm_runtime_version"
 
 
 def check(directory: Path, manifest: Manifest) -> list[Path]:
@@ -62,19 +68,15 @@ def check_target(target: Target, cpuinfo: Path = Path("/proc/cpuinfo")) -> None:
             f"This artefact was compiled for {target.name} ({target.kind}), which this release's "
             "runtime cannot drive; compile it again with --target cpu."
         )
-    machine = platform.machine()
-    machine = _SAME_ARCH.get(machine, machine)
+    machine = host_arch()
     if machine != target.arch:
         raise ArtefactError(
             f"This artefact was compiled for {target.name} ({target.arch}) and this machine is "
             f"{machine}; compile it again here with --target cpu."
         )
-    try:
-        text = cpuinfo.read_text()
-    except OSError:
+    have = host_flags(cpuinfo)
+    if not have:
         return  # a system that does not tell: nothing to compare with
-    match = re.search(r"^(?:flags|Features)\s*:\s*(.+)$", text, re.MULTILINE)
-    have = set(match.group(1).split()) if match else set(target.flags)
     missing = [flag for flag in target.flags if flag not in have]
     if missing:
         raise ArtefactError(
@@ -93,7 +95,7 @@ def find_runtime(directory: Path, manifest: Manifest) -> list[Path]:
 
     """
     check_ffi(manifest.versions.tvm_ffi)
-    bundle = directory / "lib"
+    bundle = directory / BUNDLE
     if (bundle / RUNTIME_LIBRARIES[0]).is_file():
         folder = bundle
     else:
@@ -129,20 +131,56 @@ def check_ffi(wanted: str) -> None:
         )
 
 
-def load_executable(libraries: list[Path], library: Path) -> Any:
-    """Load TVM's runtime, once a process, and the compiled module: a `tvm_ffi.Module`."""
+def load_executable(libraries: list[Path], library: Path, tvm_version: str) -> Any:
+    """Load TVM's runtime, once a process, and the compiled module.
+
+    Parameters
+    ----------
+    libraries : list of Path
+        From `check`. Not used where a TVM runtime is in the process already, another artefact's
+        or that of ``import tvm``: there can be only one.
+    library : Path
+        The compiled code.
+    tvm_version : str
+        The release of TVM that compiled it.
+
+    Returns
+    -------
+    tvm_ffi.Module
+
+    Raises
+    ------
+    ArtefactError
+        A library cannot be loaded, or the runtime in the process is another release's.
+
+    """
     from gqsa_compiler.runtime._ffi import tvm_ffi
 
-    if tvm_ffi.get_global_func(_WITNESS, allow_missing=True) is None:
+    if tvm_ffi.get_global_func(_WITNESS, allow_missing=True) is not None:
+        _check_loaded(tvm_ffi.get_global_func(_VERSION, allow_missing=True), tvm_version)
+    else:
         for path in libraries:
             try:
                 ctypes.CDLL(str(path), ctypes.RTLD_GLOBAL)
             except OSError as error:
                 raise ArtefactError(f"TVM's runtime cannot be loaded: {error}.") from None
+        tvm_ffi.register_global_func(_VERSION, lambda: tvm_version)
     try:
         return tvm_ffi.load_module(str(library))
     except Exception as error:
         raise ArtefactError(f"{library} cannot be loaded: {error}.") from None
+
+
+def _check_loaded(ours: Callable[[], str] | None, wanted: str) -> None:
+    """Require that the TVM runtime in this process, ours or ``import tvm``'s, is `wanted`."""
+    loaded = (
+        ours() if ours else getattr(sys.modules.get("tvm"), "__version__", "of unknown version")
+    )
+    if _release(loaded) != _release(wanted):
+        raise ArtefactError(
+            f"The artefact was compiled with apache-tvm {wanted} and this process has loaded the "
+            f"TVM runtime {loaded} already; run the artefact in a process of its own."
+        )
 
 
 def _installed(package: str) -> str:

@@ -22,6 +22,11 @@ SCORE_ROWS = 64
 """Most rows of hidden states that one call of `logits` takes (or `max_batch`, if larger)."""
 
 
+def is_artefact(path: str | Path) -> bool:
+    """Tell whether a directory is a compiled artefact, by its manifest."""
+    return (Path(path) / MANIFEST_FILE).is_file()
+
+
 @dataclass(frozen=True)
 class Versions:
     """Releases that the artefact was built with."""
@@ -106,8 +111,8 @@ class Parameter:
 class Kernel:
     """Which kernel serves a layer, for reports; the runtime does not need it to run.
 
-    `m` is the range of token counts where a layer has several kernels; `weight` says how the
-    weights are stored (for instance ``bsr-int4``); `bytes` is what one pass over them reads.
+    `weight` says how the weights are stored (for instance ``bsr-int4``); `bytes` is what one pass
+    over them reads.
     """
 
     layer: str
@@ -121,7 +126,6 @@ class Kernel:
     sparsity: float
     bytes: int
     fallback: bool
-    m: str | None = None
 
 
 @dataclass(frozen=True)
@@ -211,6 +215,12 @@ class Manifest:
         for key, value in positive.items():
             if value < 1:
                 raise ArtefactError(f"{where}: {key} is {value} and must be positive.")
+        if model.max_batch > model.prefill_chunk:
+            # Decoding puts one token of every sequence into a pass, which has room for a chunk.
+            raise ArtefactError(
+                f"{where}: model.max_batch is {model.max_batch} and must be at most "
+                f"model.prefill_chunk, which is {model.prefill_chunk}; compile the model again."
+            )
         if len({p.name for p in self.parameters}) != len(self.parameters):
             raise ArtefactError(f"{where} lists a parameter twice.")
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from gqsa_compiler.runtime.chat import load_template, special_tokens
+from gqsa_compiler.runtime.chat import ChatTemplate, load_template, special_tokens
 from gqsa_compiler.runtime.engine import Program, Session
 from gqsa_compiler.runtime.errors import ArtefactError, UsageError
 from gqsa_compiler.runtime.generation import Generation, Options, Request
@@ -83,6 +83,8 @@ class Model:
         self.generation_config = _read_json(directory / "generation_config.json")
         self.chat_template = load_template(directory, tokenizer_config)
         self.eos_token_ids = self._eos(tokenizer_config)
+        added = self.tokenizer.get_added_tokens_decoder().values()
+        self._special = frozenset(token.content for token in added if token.special)
         self._program = program
         self._session = Session(
             program, threads=threads, context_length=context_length, max_batch=max_batch
@@ -148,17 +150,27 @@ class Model:
         self, messages: Sequence[Mapping[str, Any]], **options: Unpack[Options]
     ) -> TextStream:
         """Answer a conversation, giving the text in pieces as it comes."""
-        prompt = self.tokenize(self.render_chat(messages), add_special_tokens=False)
-        return self._stream(self._request(prompt, options))
+        return self._stream(self._request(self.tokenize_chat(messages), options))
 
     def render_chat(self, messages: Sequence[Mapping[str, Any]], **variables: Any) -> str:
         """Write a conversation as the prompt that the model's own template makes of it."""
-        if self.chat_template is None:
-            raise UsageError(
-                "This model has no chat template, so it cannot chat; give it a prompt to continue "
-                "instead (gqsa run)."
-            )
-        return self.chat_template.render(messages, **variables)
+        return self._template().render(messages, **variables)
+
+    def tokenize_chat(self, messages: Sequence[Mapping[str, Any]], **variables: Any) -> list[int]:
+        """Turn a conversation into token ids.
+
+        Only the template writes special tokens: one that is spelled out in a message, such as
+        ``<|im_end|>``, is read as plain text.
+        """
+        parts = self._template().render_parts(messages, self._special, **variables)
+        ids: list[int] = []
+        try:
+            for text, plain in parts:
+                self.tokenizer.encode_special_tokens = plain
+                ids += self.tokenize(text, add_special_tokens=False)
+        finally:
+            self.tokenizer.encode_special_tokens = False
+        return ids
 
     def tokenize(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         """Turn text into token ids, with what the model puts at the start of a text."""
@@ -212,6 +224,14 @@ class Model:
         trace: TracebackType | None,
     ) -> None:
         self.close()
+
+    def _template(self) -> ChatTemplate:
+        if self.chat_template is None:
+            raise UsageError(
+                "This model has no chat template, so it cannot chat; give it a prompt to continue "
+                "instead (gqsa run)."
+            )
+        return self.chat_template
 
     def _request(self, prompt: str | Sequence[int], options: Options) -> Request:
         text = isinstance(prompt, str)

@@ -24,12 +24,14 @@ from typing import Any, Literal
 from gqsa_compiler._tvm import PyExprMutator, StringImm, mutator, relax, tirx, tvm
 from gqsa_compiler.errors import CompileError
 from gqsa_compiler.schedules.generic import kv_cache as kernels
-from gqsa_compiler.schedules.generic.attention_common import AttentionShape, vector_lanes
+from gqsa_compiler.schedules.generic.attention_common import AttentionShape
 from gqsa_compiler.schedules.generic.attention_decode import attention_decode
 from gqsa_compiler.schedules.generic.attention_prefill import attention_prefill
+from gqsa_compiler.schedules.generic.emit import vector_lanes
 from gqsa_compiler.targets import TargetSpec
 
-AttnKind = Literal["mha", "mha_sliding"]
+AttentionKind = Literal["mha", "mha_sliding"]
+"""All earlier keys, or those of a window."""
 
 CREATE = "create_kv_cache"
 _ATTENTION = "vm.builtin.attention_kv_cache_attention_with_fused_qkv"
@@ -63,7 +65,7 @@ class KVCacheSpec:
     num_attention_heads: int
     num_key_value_heads: int
     head_dim: int
-    attn_kinds: tuple[AttnKind, ...]
+    attn_kinds: tuple[AttentionKind, ...]
     sliding_window: int | None = None
     dtype: str = "float32"
     page_size: int = 16

@@ -53,7 +53,7 @@ class ScheduleRule(ABC, Generic[ConfigT]):
         that follow from it as symbolic and the key leaves it out.
         """
         dense = spec.weight == "bsr_int4" and spec.nnz == spec.n * (spec.k // spec.group_size)
-        return replace(spec, nnz=spec.nnz if dense else 0, max_row_nnz=0)
+        return replace(spec, nnz=spec.nnz if dense else 0)
 
     @abstractmethod
     def applies(self, spec: LinearSpec, target: TargetSpec) -> bool:

@@ -6,6 +6,7 @@ import json
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
+from gqsa_compiler.checkpoint.config import GROUP_SIZES
 from gqsa_compiler.errors import CompileError
 
 WeightKind = Literal["bsr_int4", "dense"]
@@ -42,6 +43,11 @@ class Epilogue:
 class LinearSpec:
     """One (possibly folded) linear layer as a kernel sees it.
 
+    Two things that decide speed are not fields. How the groups are distributed over the rows: the
+    packed weights carry a partition into tasks of nearly equal cost (`ScheduleRule.pack`), so the
+    code does not depend on it. The number of tokens: one function takes any, and has code for
+    several ranges of it among which it branches (`ScheduleRule.build`).
+
     Parameters
     ----------
     n, k : int
@@ -52,8 +58,8 @@ class LinearSpec:
         ``int4`` for BSR; ``float16``, ``bfloat16`` or ``float32`` for dense storage.
     group_size : int
         G; 0 for dense.
-    nnz, max_row_nnz : int
-        Kept groups in all, and in the fullest row; 0 for dense.
+    nnz : int
+        Kept groups; 0 for dense.
     symmetric : bool
         BSR without stored zero points.
     activation_dtype : str
@@ -63,8 +69,6 @@ class LinearSpec:
         When set, the input is RMS-normalised first, with operand ``norm`` float32 [K]:
         ``x * rsqrt(mean(x^2) + eps) * norm``.
     epilogue : Epilogue
-    out_dtype : str
-        Always ``float32`` on CPUs.
     """
 
     n: int
@@ -73,12 +77,15 @@ class LinearSpec:
     weight_dtype: str
     group_size: int = 0
     nnz: int = 0
-    max_row_nnz: int = 0
     symmetric: bool = False
     activation_dtype: ActivationDtype = "float32"
     norm_eps: float | None = None
     epilogue: Epilogue = field(default_factory=Epilogue)
-    out_dtype: str = "float32"
+
+    @property
+    def out_dtype(self) -> str:
+        """Dtype of the output."""
+        return "float32"
 
     @property
     def n_out(self) -> int:
@@ -97,8 +104,9 @@ class LinearSpec:
         if self.n < 1 or self.k < 1:
             raise CompileError(f"A linear layer of {self.n} x {self.k} has nothing to compute.")
         if self.weight == "bsr_int4":
-            if size not in (8, 16, 32, 64, 128, 256):
-                raise CompileError(f"Group size {size} is not a power of two from 8 to 256.")
+            if size not in GROUP_SIZES:
+                sizes = ", ".join(map(str, GROUP_SIZES))
+                raise CompileError(f"Group size {size} is not one of {sizes}.")
             if self.k % size:
                 raise CompileError(f"Group size {size} does not divide {self.k} input features.")
             if not 0 <= self.nnz <= self.n * (self.k // size):

@@ -43,11 +43,15 @@ def root() -> Path:
 
 
 @pytest.fixture(scope="session")
+def alice(root: Path) -> Path:
+    """Return the path of a plain English text of 21 kB."""
+    return root / "tests" / "data" / "alice.txt"
+
+
+@pytest.fixture(scope="session")
 def wikitext() -> Path:
     """Return the path of WikiText-2's validation split, which is not part of the repository."""
-    path = Path(
-        os.environ.get("GQSA_WIKITEXT", ROOT.parent / "shared" / "data" / "wikitext2-valid.txt")
-    )
-    if not path.is_file():
-        pytest.skip(f"no WikiText-2 at {path}; set GQSA_WIKITEXT to the file to run this test")
-    return path
+    named = os.environ.get("GQSA_WIKITEXT")
+    if not named or not Path(named).is_file():
+        pytest.skip("set GQSA_WIKITEXT to WikiText-2's validation text to run this test")
+    return Path(named)

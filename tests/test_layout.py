@@ -18,7 +18,7 @@ MAX_LINES = 600
 # The packages and modules that each part may import from the project. A part always may import
 # itself. Imports go one way: cli -> compile, compress, evaluate, bench -> frontends -> passes ->
 # schedules -> checkpoint. `runtime` imports nothing of the others.
-_LEAVES = {"errors", "targets", "_tvm", "_callable", "outdir"}
+_LEAVES = {"errors", "targets", "_tvm", "_callable", "outdir", "progress"}
 _CHECKPOINT = _LEAVES | {"checkpoint"}
 _SCHEDULES = _CHECKPOINT | {"schedules"}
 _PASSES = _SCHEDULES | {"passes"}
@@ -28,10 +28,11 @@ _VERBS = _FRONTENDS | {"compress", "compile", "evaluate", "bench", "inspect", "r
 MAY_IMPORT = {
     "runtime": set(),
     "errors": {"runtime"},
-    "targets": {"errors"},
+    "targets": {"errors", "runtime"},
     "_tvm": {"errors"},
     "_callable": set(),
-    "outdir": {"errors"},
+    "outdir": {"errors", "runtime"},
+    "progress": set(),
     "bandwidth": {"errors"},
     "checkpoint": _LEAVES,
     "schedules": _CHECKPOINT,
@@ -43,7 +44,7 @@ MAY_IMPORT = {
     "compress": _FRONTENDS,
     "compile": _FRONTENDS | {"artefact", "compress", "report", "runtime"},
     "evaluate": _FRONTENDS | {"runtime"},
-    "bench": {"errors", "bandwidth", "runtime"},
+    "bench": {"errors", "bandwidth", "progress", "runtime"},
     "inspect": {"errors", "checkpoint", "runtime"},
     "cli": _VERBS,
     "__init__": {"errors", "compile", "compress", "runtime"},
@@ -55,6 +56,7 @@ LIGHT = {
     "errors": set(),
     "targets": set(),
     "outdir": set(),
+    "progress": set(),
     "checkpoint": {"numpy", "ml_dtypes", "safetensors"},
     "bench": {"numpy"},
     "inspect": set(),

@@ -1,4 +1,4 @@
-"""Compressed tiny models without running the compressor: random groups dropped, rest rounded."""
+"""Compressed models without running the compressor: the smallest groups dropped, rest rounded."""
 
 from __future__ import annotations
 
@@ -11,17 +11,19 @@ from gqsa_compiler.frontends.source import resolve
 
 
 def make_checkpoint(
-    model: Path, directory: Path, *, sparsity: float = 0.4, group_size: int = 16, seed: int = 0
+    model: str | Path, directory: Path, *, sparsity: float = 0.4, group_size: int = 16
 ) -> Path:
-    """Compress the dense model at `model` into a GQSA checkpoint.
+    """Compress a dense model into a GQSA checkpoint.
 
     Parameters
     ----------
-    model, directory : Path
+    model : str or Path
+        A MODEL, as `resolve` takes it.
+    directory : Path
     sparsity : float
-        Probability that a group is dropped.
+        Share of a matrix's groups that are dropped: those of least norm, so that rows keep
+        different numbers.
     group_size : int
-    seed : int
 
     Returns
     -------
@@ -32,17 +34,21 @@ def make_checkpoint(
     config = QuantizationConfig(
         group_size=group_size, ratio=sparsity, ignore=("lm_head",), producer="tests"
     )
-    rng = np.random.default_rng(seed)
     with CheckpointWriter(directory, source.config, config) as writer:
         for name in source.tensor_names():
             array = source.tensor(name)
             if ".layers." in name and array.ndim == 2 and name.endswith(".weight"):
-                keep = rng.random((array.shape[0], array.shape[1] // group_size)) >= sparsity
+                weight = array.astype(np.float32)
+                norms = np.square(weight.reshape(len(weight), -1, group_size)).sum(-1)
                 layer = from_dense(
-                    name.removesuffix(".weight"), array.astype(np.float32), group_size, keep
+                    name.removesuffix(".weight"),
+                    weight,
+                    group_size,
+                    norms > np.quantile(norms, sparsity),
                 )
                 writer.add_layer(layer)
             else:
-                writer.add_tensor(name, array)
+                half = array.ndim == 2 and array.dtype == np.float32 and source.kind == "gguf"
+                writer.add_tensor(name, array.astype(np.float16) if half else array)
         source.save_tokenizer(writer.directory)
     return directory

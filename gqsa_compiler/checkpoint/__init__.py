@@ -2,7 +2,6 @@
 
 from gqsa_compiler.checkpoint.config import FORMAT_VERSION, LayerScheme, QuantizationConfig
 from gqsa_compiler.checkpoint.convert import (
-    concat_rows,
     decode_groups,
     from_codes,
     from_dense,
@@ -26,7 +25,6 @@ __all__ = [
     "QuantizationConfig",
     "SafetensorsFile",
     "TensorInfo",
-    "concat_rows",
     "decode_groups",
     "from_codes",
     "from_dense",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -199,48 +198,6 @@ def from_dense(
     codes = np.clip(codes, 0, _MAX_CODE).astype(np.uint8)
     stored = None if symmetric else zeros
     return from_codes(name, (n, k), group_size, keep, codes, scales, stored)
-
-
-def concat_rows(name: str, layers: Sequence[BSRLayer]) -> BSRLayer:
-    """Stack layers that share their input (q, k, v; gate, up) into one of sum(N) rows.
-
-    If only some of them are symmetric, the result stores zero points for all.
-
-    Raises
-    ------
-    CheckpointError
-        There is none, they differ in K, group size or bits, or hold 2^31 groups or more.
-    """
-    if not layers:
-        raise CheckpointError(f"Layer {name!r} cannot be made of no layers.")
-    first = layers[0]
-    for other in layers[1:]:
-        same = (first.shape[1], first.group_size, first.bits)
-        if (other.shape[1], other.group_size, other.bits) != same:
-            raise CheckpointError(
-                f"Layers {first.name!r} and {other.name!r} cannot be stacked: they differ in "
-                "input features, group size or bits."
-            )
-    offsets = np.cumsum([0, *(layer.nnz for layer in layers)])
-    if offsets[-1] > MAX_INDEX:
-        raise CheckpointError(f"Layer {name!r} would have more than 2^31 - 1 groups.")
-    starts = [
-        layer.indptr[:-1] + np.int32(offset)
-        for layer, offset in zip(layers, offsets[:-1], strict=True)
-    ]
-    symmetric = all(layer.symmetric for layer in layers)
-    return BSRLayer(
-        name=name,
-        shape=(sum(layer.shape[0] for layer in layers), first.shape[1]),
-        group_size=first.group_size,
-        indptr=np.concatenate([*starts, [offsets[-1]]]).astype(np.int32),
-        indices=np.concatenate([layer.indices for layer in layers]),
-        qweight=np.concatenate([layer.qweight for layer in layers]),
-        scales=np.concatenate([layer.scales for layer in layers]),
-        # Unpacked first: an odd number of groups shifts the nibbles of all that follow.
-        qzeros=None if symmetric else pack_nibbles(np.concatenate([m.zeros() for m in layers])),
-        bits=first.bits,
-    )
 
 
 def _nibbles(name: str, what: str, values: npt.NDArray[Any]) -> npt.NDArray[np.uint8]:

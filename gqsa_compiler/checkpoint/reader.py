@@ -8,7 +8,6 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-import ml_dtypes
 import numpy as np
 import numpy.typing as npt
 
@@ -25,6 +24,7 @@ from gqsa_compiler.checkpoint.names import (
     natural_key,
 )
 from gqsa_compiler.checkpoint.safetensors_file import (
+    FLOAT_DTYPES,
     SafetensorsFile,
     TensorInfo,
     read_json_object,
@@ -33,8 +33,6 @@ from gqsa_compiler.checkpoint.validate import validate_layer
 from gqsa_compiler.errors import CheckpointError, UsageError
 
 MAX_JSON_BYTES = 100_000_000
-FLOAT_DTYPES = (np.dtype(np.float16), np.dtype(np.float32), np.dtype(ml_dtypes.bfloat16))
-"""What an uncompressed tensor may be."""
 
 
 def is_checkpoint(path: str | os.PathLike[str]) -> bool:

@@ -47,6 +47,8 @@ DTYPES: Mapping[str, np.dtype[Any]] = MappingProxyType(
     }
 )
 """The container's dtype names and numpy's."""
+FLOAT_DTYPES = tuple(DTYPES[name] for name in ("F16", "BF16", "F32"))
+"""What an uncompressed tensor of a checkpoint may be."""
 
 
 @dataclass(frozen=True)

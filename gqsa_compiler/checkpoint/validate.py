@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -11,6 +10,7 @@ import numpy.typing as npt
 from gqsa_compiler.checkpoint.config import BITS, GROUP_SIZES, QuantizationConfig
 from gqsa_compiler.checkpoint.layer import BSRLayer
 from gqsa_compiler.errors import CheckpointError
+from gqsa_compiler.progress import Progress
 
 if TYPE_CHECKING:
     from gqsa_compiler.checkpoint.reader import CheckpointReader
@@ -19,9 +19,7 @@ MAX_COLUMN_GROUPS = 1 << 16
 MAX_INDEX = (1 << 31) - 1
 
 
-def validate(
-    reader: CheckpointReader, progress: Callable[[str, int, int], None] | None = None
-) -> None:
+def validate(reader: CheckpointReader, progress: Progress | None = None) -> None:
     """Check every layer of an open checkpoint (what opening checked already included).
 
     Reads each layer's `indptr`, `indices`, `scales` and the last byte of `qzeros`, one layer at

@@ -16,8 +16,7 @@ import numpy.typing as npt
 from gqsa_compiler.checkpoint.config import QuantizationConfig
 from gqsa_compiler.checkpoint.layer import BSRLayer
 from gqsa_compiler.checkpoint.names import CONFIG_FILE, is_tied_head, is_weight_file, layer_of
-from gqsa_compiler.checkpoint.reader import FLOAT_DTYPES
-from gqsa_compiler.checkpoint.safetensors_file import METADATA_KEY
+from gqsa_compiler.checkpoint.safetensors_file import FLOAT_DTYPES, METADATA_KEY
 from gqsa_compiler.checkpoint.shards import ShardWriter
 from gqsa_compiler.checkpoint.validate import validate_layer
 from gqsa_compiler.errors import CheckpointError

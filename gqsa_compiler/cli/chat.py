@@ -12,7 +12,7 @@ import typer
 from gqsa_compiler.cli import options
 from gqsa_compiler.cli.command import command
 from gqsa_compiler.cli.console import note, show_settings
-from gqsa_compiler.cli.generation import as_dict, figures, given, load_one
+from gqsa_compiler.cli.generation import Shared, as_dict, figures, generates, load_one
 from gqsa_compiler.cli.paths import require_artefact
 from gqsa_compiler.errors import UsageError
 
@@ -23,49 +23,30 @@ _HELP = "/exit ends, /reset forgets the conversation, /stats shows the last answ
 
 
 @command
+@generates
 def chat(
     directory: options.Artefact,
     system: Annotated[str | None, typer.Option(help="A system message to begin with.")] = None,
     max_tokens: options.MaxTokens = 512,
-    temperature: options.Temperature = None,
-    top_k: options.TopK = None,
-    top_p: options.TopP = None,
-    min_p: options.MinP = None,
-    repetition_penalty: options.RepetitionPenalty = None,
-    seed: options.Seed = None,
-    stop: options.Stop = None,
-    context: options.Context = None,
-    threads: options.Threads = None,
-    no_verify: options.NoVerify = False,
-    json: options.Json = False,
-    verbose: options.Verbose = False,
+    *,
+    shared: Shared,
 ) -> None:
     """Talk with a model: a message a line, answers as they come; --json: one object an answer."""
     require_artefact(directory)
-    sampling = given(
-        temperature=temperature,
-        top_k=top_k,
-        top_p=top_p,
-        min_p=min_p,
-        repetition_penalty=repetition_penalty,
-        seed=seed,
-        stop=stop,
-    )
     show_settings(
         "chat",
         {
             "artefact": directory,
             "system": system,
             "max tokens": max_tokens,
-            **sampling,
-            "context": context,
-            "threads": threads,
+            **shared.settings(),
         },
     )
-    with load_one(directory, threads=threads, context=context, verify=not no_verify) as model:
+    with load_one(directory, shared) as model:
         model.render_chat([{"role": "user", "content": "Hello"}])  # no template: say so at once
         note(_HELP)
-        _Conversation(model, system, {"max_tokens": max_tokens, **sampling}, json).run(_lines())
+        settings = {"max_tokens": max_tokens, **shared.sampling()}
+        _Conversation(model, system, settings, shared.json).run(_lines())
 
 
 def _lines() -> Iterator[str]:

@@ -46,7 +46,7 @@ def compile_(
     ] = 512,
     activations: Annotated[
         Literal["float32", "int8"],
-        typer.Option(help="float32: exact. int8: faster where the target has int8 dot products."),
+        typer.Option(help="float32: exact. int8: rounds the layers' inputs, and is slower today."),
     ] = "float32",
     bundle: Annotated[
         bool,

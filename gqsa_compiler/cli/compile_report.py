@@ -9,7 +9,7 @@ from gqsa_compiler.cli.console import bytes_text, emit_table, seconds_text
 _KINDS = {
     "compressed": "sparse INT4 layers",
     "dense_linear": "dense linear layers",
-    "embedding": "embedding",
+    "tables": "embedding and RoPE tables",
     "other": "norms, biases, tables",
 }
 # A fallback list longer than this is cut: its first lines and the count say it.

@@ -9,11 +9,12 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-if TYPE_CHECKING:
-    from rich.progress import Progress, TaskID
-    from rich.table import Table
+from gqsa_compiler.progress import Progress
 
-ProgressCallback = Callable[[str, int, int], None]
+if TYPE_CHECKING:
+    from rich.progress import Progress as Bars
+    from rich.progress import TaskID
+    from rich.table import Table
 
 # Lines that a log file gets from one long stage: its beginning, then one in this many seconds.
 _PLAIN_SECONDS = 15.0
@@ -92,7 +93,7 @@ class PlainProgress:
 class BarProgress:
     """Progress as rich bars with the time left, for a terminal."""
 
-    def __init__(self, bars: Progress) -> None:
+    def __init__(self, bars: Bars) -> None:
         self._bars = bars
         self._tasks: dict[str, TaskID] = {}
         self._stage = ""
@@ -115,7 +116,7 @@ class BarProgress:
 
 
 @contextmanager
-def progress(transient: bool = False) -> Iterator[ProgressCallback]:
+def progress(transient: bool = False) -> Iterator[Progress]:
     """Give a callback ``(stage, done, total)`` that draws progress on standard error.
 
     ``total`` counts steps of a stage; 0 means that their number is not known. On a terminal,
@@ -128,11 +129,11 @@ def progress(transient: bool = False) -> Iterator[ProgressCallback]:
     from rich.progress import (
         BarColumn,
         MofNCompleteColumn,
-        Progress,
         TextColumn,
         TimeElapsedColumn,
         TimeRemainingColumn,
     )
+    from rich.progress import Progress as Bars
 
     columns = (
         TextColumn("{task.description}"),
@@ -143,7 +144,7 @@ def progress(transient: bool = False) -> Iterator[ProgressCallback]:
         TimeRemainingColumn(),
     )
     # A step can take minutes (a decoder block of a large model): estimate over all of them.
-    bars = Progress(
+    bars = Bars(
         *columns,
         console=Console(stderr=True),
         speed_estimate_period=3600.0,

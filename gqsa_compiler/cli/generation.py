@@ -1,29 +1,86 @@
-"""What `run` and `chat` share: loading, sampling options as the runtime takes them, figures."""
+"""What `run` and `chat` share: options, loading, figures."""
 
 from __future__ import annotations
 
+import functools
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_type_hints
 
+from gqsa_compiler.cli import options
 from gqsa_compiler.cli.console import progress
 
 if TYPE_CHECKING:
     from gqsa_compiler.runtime import Generation, Model
 
+_SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed", "stop")
 
-def load_one(directory: Path, *, threads: int | None, context: int | None, verify: bool) -> Model:
+
+@dataclass(frozen=True)
+class Shared:
+    """The options of every verb that generates text: each field is one."""
+
+    temperature: options.Temperature = None
+    top_k: options.TopK = None
+    top_p: options.TopP = None
+    min_p: options.MinP = None
+    repetition_penalty: options.RepetitionPenalty = None
+    seed: options.Seed = None
+    stop: options.Stop = None
+    context: options.Context = None
+    threads: options.Threads = None
+    no_verify: options.NoVerify = False
+    json: options.Json = False
+    verbose: options.Verbose = False
+
+    def sampling(self) -> dict[str, Any]:
+        """Return the sampling options that the user gave; the model's own stand for the others."""
+        values = {name: getattr(self, name) for name in _SAMPLING}
+        return {name: value for name, value in values.items() if value not in (None, [])}
+
+    def settings(self) -> dict[str, Any]:
+        """Return what of these the verb says at its start."""
+        return {**self.sampling(), "context": self.context, "threads": self.threads}
+
+
+def generates(function: Callable[..., None]) -> Callable[..., None]:
+    """Give a verb the options of `Shared`, after its own; it takes them as its last, ``shared``."""
+
+    @functools.wraps(function)
+    def wrapper(**arguments: Any) -> None:
+        shared = Shared(**{field.name: arguments.pop(field.name) for field in fields(Shared)})
+        function(**arguments, shared=shared)
+
+    # Typer reads the options off the signature and the annotations.
+    hints = get_type_hints(Shared, include_extras=True)
+    own = list(inspect.signature(function, eval_str=True).parameters.values())[:-1]
+    kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
+    added = [
+        inspect.Parameter(field.name, kind, default=field.default, annotation=hints[field.name])
+        for field in fields(Shared)
+    ]
+    signature = inspect.Signature([*own, *added], return_annotation=None)
+    wrapper.__signature__ = signature  # type: ignore[attr-defined]
+    wrapper.__annotations__ = {p.name: p.annotation for p in signature.parameters.values()}
+    return wrapper
+
+
+def load_one(directory: Path, shared: Shared) -> Model:
     """Load an artefact for one sequence: its cache holds one context, not a whole batch."""
     from gqsa_compiler.runtime import load
 
     # Checking the hashes of a large model reads gigabytes.
     with progress(transient=True) as report_progress:
         report_progress("Loading the model", 0, 0)
-        return load(directory, threads=threads, verify=verify, context_length=context, max_batch=1)
-
-
-def given(**settings: Any) -> dict[str, Any]:
-    """Return the settings that the user gave; the model's own stand for the others."""
-    return {key: value for key, value in settings.items() if value not in (None, [])}
+        return load(
+            directory,
+            threads=shared.threads,
+            verify=not shared.no_verify,
+            context_length=shared.context,
+            max_batch=1,
+        )
 
 
 def figures(result: Generation) -> str:

@@ -24,7 +24,8 @@ def inspect(
     verbose: options.Verbose = False,
 ) -> None:
     """Show the layers of a checkpoint, or the manifest of an artefact."""
-    from gqsa_compiler.inspect import inspect_path, is_artefact
+    from gqsa_compiler.inspect import inspect_path
+    from gqsa_compiler.runtime.manifest import is_artefact
 
     found = inspect_path(path)
     if json:
@@ -79,13 +80,12 @@ def _show_artefact(found: dict[str, Any]) -> None:
         f"workspace {bytes_text(memory['workspace_bytes'])}"
     )
     print(f"read a token    {bytes_text(found['bytes_per_token'])}\n")
-    table = Table("layer", "tokens", "kernel", "weight", box=None)
+    table = Table("layer", "kernel", "weight", box=None)
     for heading in ("N", "K", "sparsity", "bytes"):
         table.add_column(heading, justify="right")
     for kernel in found["kernels"]:
         table.add_row(
             kernel["layer"],
-            kernel.get("m") or "any",
             kernel["kernel"] + (" (fallback)" if kernel["fallback"] else ""),
             kernel["weight"],
             str(kernel["n"]),

@@ -31,7 +31,7 @@ Overwrite = Annotated[
 ]
 Threads = Annotated[
     int | None,
-    typer.Option("--threads", min=1, help="CPU threads.", show_default="every CPU of this process"),
+    typer.Option("--threads", min=1, help="CPU threads.", show_default="one for every core"),
 ]
 Context = Annotated[
     int | None,
@@ -41,7 +41,9 @@ Context = Annotated[
 ]
 NoVerify = Annotated[
     bool,
-    typer.Option("--no-verify", help="Do not check the files' hashes before loading them."),
+    typer.Option(
+        "--no-verify", help="Do not check the parameters' hashes (that of model.so always is)."
+    ),
 ]
 MaxTokens = Annotated[int, typer.Option("--max-tokens", min=1, help="Most tokens to generate.")]
 Temperature = Annotated[

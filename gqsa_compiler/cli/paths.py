@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from gqsa_compiler.errors import UsageError
+from gqsa_compiler.runtime.manifest import MANIFEST_FILE, is_artefact
 
 
 def require_file(path: Path, option: str) -> None:
@@ -27,11 +28,11 @@ def read_text(path: Path, option: str) -> str:
 
 def require_artefact(path: Path) -> None:
     """Raise `UsageError` unless a path is a compiled artefact; say what it is instead."""
-    if (path / "manifest.json").is_file():
+    if is_artefact(path):
         return
     if not path.exists():
         raise UsageError(f"{path} does not exist; make an artefact with: gqsa compile MODEL -o DIR")
     raise UsageError(
-        f"{path} is not a compiled artefact (it has no manifest.json); "
+        f"{path} is not a compiled artefact (it has no {MANIFEST_FILE}); "
         f"compile it first: gqsa compile {path} -o DIR"
     )

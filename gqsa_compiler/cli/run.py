@@ -11,12 +11,13 @@ import typer
 from gqsa_compiler.cli import options
 from gqsa_compiler.cli.command import command
 from gqsa_compiler.cli.console import emit_json, note, show_settings
-from gqsa_compiler.cli.generation import as_dict, figures, given, load_one
+from gqsa_compiler.cli.generation import Shared, as_dict, figures, generates, load_one
 from gqsa_compiler.cli.paths import read_text, require_artefact
 from gqsa_compiler.errors import UsageError
 
 
 @command
+@generates
 def run(
     directory: options.Artefact,
     prompt: Annotated[
@@ -35,51 +36,30 @@ def run(
         ),
     ] = False,
     max_tokens: options.MaxTokens = 256,
-    temperature: options.Temperature = None,
-    top_k: options.TopK = None,
-    top_p: options.TopP = None,
-    min_p: options.MinP = None,
-    repetition_penalty: options.RepetitionPenalty = None,
-    seed: options.Seed = None,
-    stop: options.Stop = None,
-    context: options.Context = None,
-    threads: options.Threads = None,
-    no_verify: options.NoVerify = False,
-    json: options.Json = False,
-    verbose: options.Verbose = False,
+    *,
+    shared: Shared,
 ) -> None:
     """Generate text from a prompt, as it comes; figures go to standard error."""
     require_artefact(directory)
     text = _prompt(prompt, file)
-    sampling = given(
-        temperature=temperature,
-        top_k=top_k,
-        top_p=top_p,
-        min_p=min_p,
-        repetition_penalty=repetition_penalty,
-        seed=seed,
-        stop=stop,
-    )
     show_settings(
         "run",
         {
             "artefact": directory,
             "chat template": chat,
             "max tokens": max_tokens,
-            **sampling,
-            "context": context,
-            "threads": threads,
+            **shared.settings(),
         },
     )
     request: Any = [{"role": "user", "content": text}] if chat else text
-    with load_one(directory, threads=threads, context=context, verify=not no_verify) as model:
+    with load_one(directory, shared) as model:
         start = model.stream_chat if chat else model.stream
-        stream = start(request, max_tokens=max_tokens, **sampling)
+        stream = start(request, max_tokens=max_tokens, **shared.sampling())
         for piece in stream:
-            if not json:
+            if not shared.json:
                 print(piece, end="", flush=True)
         result = stream.result
-        if json:
+        if shared.json:
             emit_json(as_dict(result))
             return
         if sys.stdout.isatty():

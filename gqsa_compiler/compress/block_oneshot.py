@@ -12,12 +12,11 @@ from gqsa_compiler.compress.blocks import (
     Arguments,
     adds_to_output,
     input_groups,
-    layer_input,
     linear_layers,
     run_block,
-    run_watched,
     watch_inputs,
 )
+from gqsa_compiler.compress.gemm import linear
 from gqsa_compiler.compress.hessian import MomentAccumulator
 from gqsa_compiler.compress.oneshot import GroupedWeight, compress_rows
 from gqsa_compiler.compress.recipe import Recipe
@@ -46,6 +45,8 @@ class BlockState:
         The block's inputs from the compressed and from the dense model.
     targets : list of float32 [B, T, H]
         The dense block's outputs on `dense_inputs`.
+    outputs : list of float32 [B, T, H]
+        The compressed block's outputs on `inputs`.
     """
 
     name: str
@@ -56,6 +57,7 @@ class BlockState:
     inputs: list[Tensor]
     dense_inputs: list[Tensor]
     targets: list[Tensor]
+    outputs: list[Tensor]
 
 
 @torch.no_grad()
@@ -63,6 +65,7 @@ def compress_block(
     name: str,
     dense: nn.Module,
     arguments: Arguments,
+    whole: Arguments,
     inputs: list[Tensor],
     dense_inputs: list[Tensor],
     recipe: Recipe,
@@ -70,6 +73,9 @@ def compress_block(
     balance: str,
 ) -> BlockState:
     """Compress every linear layer of a block.
+
+    The dense block runs once. So does the compressed one, all tokens together: each layer is
+    compressed when it is about to run, on what the layers before it gave.
 
     Parameters
     ----------
@@ -79,6 +85,8 @@ def compress_block(
         The block, float32. It is left as it is.
     arguments, inputs, dense_inputs
         See `BlockState`.
+    whole
+        The arguments for all batches as one.
     recipe : Recipe
     balance : str
         ``matrix`` or ``row``.
@@ -87,25 +95,14 @@ def compress_block(
     layers = linear_layers(block)
     groups = input_groups(dense, dense_inputs[0], arguments)
     last = groups[-1] if adds_to_output(dense, groups[-1], dense_inputs[0], arguments) else None
+    leaders = {members[0]: members for members in groups}
     watched = {members[0]: list[Tensor]() for members in groups if members != last}
     with watch_inputs(dense, tuple(watched), lambda layer, x: watched[layer].append(x)):
         targets = [run_block(dense, hidden, arguments) for hidden in dense_inputs]
     weights: dict[str, GroupedWeight] = {}
-    for members in groups:
-        moments = MomentAccumulator()
-        wanted = targets if members == last else watched.pop(members[0])
-        for hidden, want in zip(inputs, wanted, strict=True):
-            if members == last:
-                # The only layer that can also make up for errors on the residual path.
-                seen, output = run_watched(block, members[0], hidden, arguments)
-                # The next norm divides a token's error by the token's size: so is it weighed here,
-                # or the few tokens of huge activations would be all that counts.
-                size = want.square().mean(-1).add(TINY).rsqrt().reshape(-1, 1)
-                missing = (want - output).flatten(0, 1)
-                # Some models (OPT) flatten the tokens themselves.
-                moments.add(seen.reshape(len(missing), -1) * size, missing=missing * size)
-            else:
-                moments.add(layer_input(block, members[0], hidden, arguments), dense=want)
+    final: list[Tensor] = []
+
+    def compress(members: tuple[str, ...], moments: MomentAccumulator) -> None:
         done = compress_rows(
             [layers[member].weight for member in members],
             moments.finish(f"{name}.{members[0]}"),
@@ -115,4 +112,43 @@ def compress_block(
         for member, weight in zip(members, done, strict=True):
             layers[member].weight.copy_(weight.decode())
             weights[member] = weight
-    return BlockState(name, dense, block, weights, arguments, inputs, dense_inputs, targets)
+
+    def about_to_run(leader: str, seen: Tensor) -> None:
+        members = leaders[leader]
+        if members == last:
+            final.append(seen)
+            return
+        moments = MomentAccumulator()
+        for part, want in zip(_split(seen, inputs), watched.pop(leader), strict=True):
+            moments.add(part, dense=want)
+        compress(members, moments)
+
+    with watch_inputs(block, tuple(leaders), about_to_run):
+        output = run_block(block, torch.cat(inputs), whole)
+    outputs = list(output.split([len(hidden) for hidden in inputs]))
+    if last is not None:
+        # The only layer that can also make up for errors on the residual path.
+        moments = MomentAccumulator()
+        parts = _split(final[0], inputs)
+        for part, have, want in zip(parts, outputs, targets, strict=True):
+            # The next norm divides a token's error by the token's size: so is it weighed here,
+            # or the few tokens of huge activations would be all that counts.
+            size = want.square().mean(-1).add(TINY).rsqrt().reshape(-1, 1)
+            missing = (want - have).flatten(0, 1)
+            moments.add(part * size, missing=missing * size)
+        layer = layers[last[0]]
+        before = layer.weight.clone()
+        compress(last, moments)
+        change = layer.weight - before
+        for part, have in zip(parts, outputs, strict=True):
+            have += linear(part, change).reshape(have.shape)
+    return BlockState(
+        name, dense, block, weights, arguments, inputs, dense_inputs, targets, outputs
+    )
+
+
+def _split(tensor: Tensor, batches: list[Tensor]) -> list[Tensor]:
+    """Split a layer's inputs at all tokens into those of each batch, [B * T, K]."""
+    # Some models (OPT) flatten the tokens themselves.
+    tokens = tensor.reshape(-1, tensor.shape[-1])
+    return list(tokens.split([hidden.shape[0] * hidden.shape[1] for hidden in batches]))

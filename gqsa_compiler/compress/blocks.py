@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from gqsa_compiler.compress.gemm import quick_linears
 from gqsa_compiler.errors import ModelError
 
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
-
-
-class _Stop(Exception):
-    """Leaves a forward pass early."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -116,7 +113,8 @@ def capture_inputs(model: nn.Module, blocks: nn.ModuleList, batches: list[Tensor
 def run_block(block: nn.Module, hidden: Tensor, arguments: Arguments) -> Tensor:
     """Run one block; float32 [B, T, H] in and out."""
     rest, keywords = arguments
-    result = block(hidden, *rest, **keywords)
+    with quick_linears(block):
+        result = block(hidden, *rest, **keywords)
     return result[0] if isinstance(result, tuple) else result
 
 
@@ -163,29 +161,6 @@ def input_groups(
     with watch_inputs(block, tuple(linear_layers(block)), see):
         run_block(block, hidden, arguments)
     return tuple(tuple(members) for _, members in groups)
-
-
-def layer_input(block: nn.Module, name: str, hidden: Tensor, arguments: Arguments) -> Tensor:
-    """Return the input of one linear layer; the block runs no further than to it."""
-    seen: list[Tensor] = []
-
-    def see(_: str, tensor: Tensor) -> None:
-        seen.append(tensor)
-        raise _Stop
-
-    with watch_inputs(block, (name,), see), suppress(_Stop):
-        run_block(block, hidden, arguments)
-    return seen[0]
-
-
-def run_watched(
-    block: nn.Module, name: str, hidden: Tensor, arguments: Arguments
-) -> tuple[Tensor, Tensor]:
-    """Run the block; return the input of one linear layer and the block's output."""
-    seen: list[Tensor] = []
-    with watch_inputs(block, (name,), lambda _, tensor: seen.append(tensor)):
-        output = run_block(block, hidden, arguments)
-    return seen[0], output
 
 
 def adds_to_output(

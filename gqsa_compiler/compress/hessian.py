@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from gqsa_compiler.compress.gemm import linear
 from gqsa_compiler.errors import ModelError
 
 DAMPING = 0.01
@@ -14,6 +15,12 @@ DAMPING = 0.01
 
 SHRINKAGE = 0.1
 """How far correlations between inputs shrink towards none: calibration text is not all text."""
+
+CHUNK_TOKENS = 2048
+"""Tokens whose products are added up in float32."""
+
+CHUNK_ROWS = 256
+"""Rows of a second moment computed at once; what lies left of the diagonal is mirrored."""
 
 
 @dataclass(frozen=True)
@@ -52,7 +59,7 @@ class Moments:
 
 
 class MomentAccumulator:
-    """Adds up the moments batch by batch: products in float32, sums in float64."""
+    """Adds up the moments, some tokens at a time: products in float32, sums in float64."""
 
     def __init__(self) -> None:
         self._second: Tensor | None = None
@@ -74,17 +81,27 @@ class MomentAccumulator:
             What the layer's outputs should add.
         """
         x = inputs.reshape(-1, inputs.shape[-1])
-        square = (x.T @ x).double()
-        self._second = square if self._second is None else self._second.add_(square)
-        if dense is not None:
-            self._add_cross("drift", dense.reshape(x.shape) - x, x)
-        if missing is not None:
-            self._add_cross("missing", missing.reshape(x.shape[0], -1), x)
-        self._tokens += x.shape[0]
+        tokens, features = x.shape
+        if self._second is None:
+            self._second = torch.zeros(features, features, dtype=torch.float64)
+        for begin in range(0, tokens, CHUNK_TOKENS):
+            part = slice(begin, begin + CHUNK_TOKENS)
+            columns = x[part].T.contiguous()
+            for row in range(0, features, CHUNK_ROWS):  # the upper triangle
+                rows = columns[row : row + CHUNK_ROWS]
+                self._second[row : row + CHUNK_ROWS, row:] += linear(rows, columns[row:])
+            if dense is not None:
+                self._add_cross("drift", dense.reshape(x.shape)[part] - x[part], columns)
+            if missing is not None:
+                self._add_cross("missing", missing.reshape(tokens, -1)[part], columns)
+        self._tokens += tokens
 
-    def _add_cross(self, name: str, left: Tensor, right: Tensor) -> None:
-        product = (left.T @ right).double()
-        self._cross[name] = self._cross[name].add_(product) if name in self._cross else product
+    def _add_cross(self, name: str, left: Tensor, columns: Tensor) -> None:
+        product = linear(left.T.contiguous(), columns)
+        if name in self._cross:
+            self._cross[name] += product
+        else:
+            self._cross[name] = product.double()
 
     def finish(self, layer: str) -> Moments:
         """Average, shrink and damp.
@@ -100,7 +117,8 @@ class MomentAccumulator:
             An input was NaN or infinite.
         """
         assert self._second is not None, "no batch was added"
-        hessian = self._second / self._tokens
+        hessian = self._second.triu().div_(self._tokens)
+        hessian += hessian.triu(1).T
         cross = {name: total / self._tokens for name, total in self._cross.items()}
         if not all(torch.isfinite(matrix).all() for matrix in (hessian, *cross.values())):
             raise ModelError(

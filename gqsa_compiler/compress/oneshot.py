@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from gqsa_compiler.compress.gemm import linear
 from gqsa_compiler.compress.hessian import Moments, inverse
 from gqsa_compiler.compress.importance import choose_mask, group_blocks, obs_scores
 from gqsa_compiler.compress.quantizer import (
@@ -137,12 +138,12 @@ class MaskedSolver:
         """Return better weights float32 [N, K] on `mask` bool [N, K/G], beginning at `start`."""
         keep = mask.repeat_interleave(self._inverse.shape[1], dim=1).float()
         weight = start * keep
-        residual = (self._target - weight @ self._hessian) * keep
+        residual = (self._target - linear(weight, self._hessian)) * keep
         ahead = self._precondition(residual)
         direction = ahead
         energy = (residual * ahead).sum(1, keepdim=True)
         for _ in range(steps):
-            image = (direction @ self._hessian) * keep
+            image = linear(direction, self._hessian) * keep
             curvature = (direction * image).sum(1, keepdim=True)
             # A row that is solved already has no direction left: its step is 0, not 0 / 0.
             length = torch.where(curvature > 0, energy / curvature, 0.0)

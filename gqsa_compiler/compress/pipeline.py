@@ -19,7 +19,6 @@ from gqsa_compiler.compress.blocks import (
     capture_inputs,
     find_blocks,
     linear_layers,
-    run_block,
 )
 from gqsa_compiler.compress.calibration import (
     Progress,
@@ -42,12 +41,17 @@ from gqsa_compiler.frontends.torch_model import (
     load_tokenizer,
     stored_dtype,
 )
+from gqsa_compiler.models.config import DecoderConfig
+from gqsa_compiler.models.registry import parse_config
 
 BATCH_TOKENS = 2048
 """About so many tokens run through a block at once."""
 
 RecoverBlock = Callable[[BlockState], BlockState]
-"""Improves a block after one-shot compression (training goes here); returns the new state."""
+"""Improves a block after one-shot compression (training goes here); returns the new state.
+
+The new state has the outputs of the new block too.
+"""
 
 
 @dataclass(frozen=True)
@@ -174,8 +178,11 @@ def compress_model(
     skeleton = build_model(source)
     prefix, blocks = find_blocks(skeleton)
     _check_groups(prefix, blocks, recipe)
-    _check_length(source, sequence_length)
-    config = {**source.config, "dtype": _matrix_dtype(source)}
+    parsed = parse_config(source.config, str(source.path))
+    _check_length(source, parsed, sequence_length)
+    # Readers of the checkpoint know no family's default.
+    tied = parsed.tie_word_embeddings
+    config = {**source.config, "tie_word_embeddings": tied, "dtype": _matrix_dtype(source)}
     quantization = QuantizationConfig(
         bits=recipe.bits,
         group_size=recipe.group_size,
@@ -188,23 +195,24 @@ def compress_model(
     errors: list[float] = []
     with CheckpointWriter(output, config, quantization, overwrite=overwrite) as writer:
         source.save_tokenizer(writer.directory)
-        tokens = _calibration_tokens(source, calibration, samples, sequence_length, seed, report)
-        _write_rest(writer, source, prefix, blocks)
+        tokens = _calibration_tokens(
+            source, parsed.bos_token_id, calibration, samples, sequence_length, seed, report
+        )
+        _write_rest(writer, source, prefix, blocks, tied=tied)
         load_parameters(skeleton, "", source, skip=f"{prefix}.")
         captured = capture_inputs(skeleton, blocks, _batches(tokens))
+        whole = capture_inputs(skeleton, blocks, [tokens]).arguments
         inputs = dense_inputs = captured.hidden
         for index, (block, arguments) in enumerate(zip(blocks, captured.arguments, strict=True)):
             report("compressing blocks", index, len(blocks))
             name = f"{prefix}.{index}"
             load_parameters(block, name, source)
             state = compress_block(
-                name, block, arguments, inputs, dense_inputs, recipe, balance=balance
+                name, block, arguments, whole[index], inputs, dense_inputs, recipe, balance=balance
             )
             if recover is not None:
                 state = recover(state)
-            with torch.no_grad():
-                inputs = [run_block(state.block, hidden, arguments) for hidden in inputs]
-            dense_inputs = state.targets
+            inputs, dense_inputs = state.outputs, state.targets
             errors.append(_relative_error(inputs, dense_inputs))
             layers += _write_layers(writer, state)
             _release(block)
@@ -243,9 +251,9 @@ def _check_groups(prefix: str, blocks: nn.ModuleList, recipe: Recipe) -> None:
                 )
 
 
-def _check_length(source: ModelSource, sequence_length: int) -> None:
-    limit = source.config.get("max_position_embeddings")
-    if isinstance(limit, int) and sequence_length > limit:
+def _check_length(source: ModelSource, config: DecoderConfig, sequence_length: int) -> None:
+    limit = config.max_position_embeddings
+    if sequence_length > limit:
         raise UsageError(
             f"The model {source.name} takes at most {limit} tokens, not a calibration sequence of "
             f"{sequence_length}."
@@ -254,6 +262,7 @@ def _check_length(source: ModelSource, sequence_length: int) -> None:
 
 def _calibration_tokens(
     source: ModelSource,
+    bos_token_id: int | None,
     calibration: str | Path | None,
     samples: int,
     sequence_length: int,
@@ -268,8 +277,7 @@ def _calibration_tokens(
     parameters = sum(int(np.prod(source.shape(name))) for name in source.tensor_names())
     model = build_model(source, fast_dtype(parameters))
     load_parameters(model, "", source)
-    bos = source.config.get("bos_token_id")
-    return sample_text(model, bos, samples, sequence_length, seed, report)
+    return sample_text(model, bos_token_id, samples, sequence_length, seed, report)
 
 
 def _batches(tokens: Tensor) -> list[Tensor]:
@@ -281,7 +289,12 @@ def _batches(tokens: Tensor) -> list[Tensor]:
 
 
 def _write_rest(
-    writer: CheckpointWriter, source: ModelSource, prefix: str, blocks: nn.ModuleList
+    writer: CheckpointWriter,
+    source: ModelSource,
+    prefix: str,
+    blocks: nn.ModuleList,
+    *,
+    tied: bool,
 ) -> None:
     """Store everything but the blocks' linear weights: matrices in 16 bits, vectors as they are."""
     compressed = {
@@ -289,9 +302,9 @@ def _write_rest(
         for index, block in enumerate(blocks)
         for path in linear_layers(block)
     }
-    tied = {"lm_head.weight"} if source.config.get("tie_word_embeddings") else set()
+    unused = {"lm_head.weight"} if tied else set()
     for name in source.tensor_names():
-        if name in compressed or name in tied:
+        if name in compressed or name in unused:
             continue
         array = source.tensor(name)
         if array.ndim > 1 and array.dtype == np.float32:

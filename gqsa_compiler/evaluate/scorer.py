@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from gqsa_compiler.runtime.manifest import is_artefact
+
 if TYPE_CHECKING:
     from gqsa_compiler.frontends.source import ModelSource
 
@@ -129,7 +131,7 @@ def locate(model: str) -> Path | ModelSource:
     GqsaError
         There is no such model, or it is none.
     """
-    if (Path(model) / "manifest.json").is_file():
+    if is_artefact(model):
         return Path(model)
     from gqsa_compiler.frontends.source import resolve
 
@@ -146,7 +148,7 @@ def open_scorer(
     found : Path or ModelSource
         From `locate`.
     threads : int, optional
-        CPU threads; every CPU of this process by default.
+        CPU threads; one for every core of this process by default.
     context : int, optional
         Longest window that will be asked for, in tokens; an artefact reserves memory for it.
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -12,13 +12,12 @@ from numpy.typing import NDArray
 
 from gqsa_compiler.errors import ModelError, UsageError
 from gqsa_compiler.evaluate.scorer import Scorer, locate, open_scorer
+from gqsa_compiler.progress import Progress
 
 # The context of published WikiText perplexities; a model with a shorter one uses its own.
 DEFAULT_CONTEXT = 2048
 # Rows of logits worked on at once: 128 rows of a 256k vocabulary are 128 MiB of float32.
 _ROWS = 128
-
-ProgressCallback = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True)
@@ -163,7 +162,7 @@ def evaluate(
     context: int | None = None,
     reference: Scorer | None = None,
     limit: int | None = None,
-    progress: ProgressCallback | None = None,
+    progress: Progress | None = None,
 ) -> EvalResult:
     """Score a text with an open model; see `perplexity` for the rule and the arguments.
 
@@ -222,7 +221,7 @@ def perplexity(
     reference: str | None = None,
     limit: int | None = None,
     threads: int | None = None,
-    progress: ProgressCallback | None = None,
+    progress: Progress | None = None,
 ) -> EvalResult:
     """Measure a model's perplexity on a text.
 

@@ -11,6 +11,11 @@ import numpy as np
 import numpy.typing as npt
 
 from gqsa_compiler.errors import ModelError
+from gqsa_compiler.frontends._transformers import (
+    gguf_tensor_processor,
+    gguf_tokenizer_splits,
+    gguf_weight_names,
+)
 from gqsa_compiler.frontends.gguf_config import read_gguf_config
 from gqsa_compiler.frontends.source import ModelSource
 from gqsa_compiler.frontends.tokenizer import save_transformers_tokenizer
@@ -61,7 +66,6 @@ class GGUFSource(ModelSource):
         """Hugging Face name -> the reader's tensor."""
         import torch
         from transformers import AutoConfig, AutoModelForCausalLM
-        from transformers.modeling_gguf_pytorch_utils import get_gguf_hf_weights_map
 
         fields = {key: value for key, value in self.config.items() if key != "model_type"}
         try:
@@ -73,7 +77,7 @@ class GGUFSource(ModelSource):
             raise ModelError(
                 f"{self.path}: transformers refuses its configuration: {error}"
             ) from error
-        names = get_gguf_hf_weights_map(model, self._processor)
+        names = gguf_weight_names(model, self._processor)
         tensors = {t.name: t for t in self._reader.tensors if t.name not in _NOT_WEIGHTS}
         unknown = sorted(set(tensors) - set(names))
         if unknown:
@@ -85,9 +89,7 @@ class GGUFSource(ModelSource):
     @cached_property
     def _processor(self) -> Any:
         """Undoes what the conversion to GGUF did to a tensor (rotary order, Gemma's norms)."""
-        from transformers.modeling_gguf_pytorch_utils import TENSOR_PROCESSORS, TensorProcessor
-
-        return TENSOR_PROCESSORS.get(self._architecture, TensorProcessor)(config=self.config)
+        return gguf_tensor_processor(self._architecture, self.config)
 
     def _lookup(self, name: str) -> Any:
         try:
@@ -152,7 +154,6 @@ class GGUFSource(ModelSource):
         which encodes, say, a number after an empty line differently.
         """
         from tokenizers import pre_tokenizers
-        from transformers.integrations.gguf.gguf_tokenizer_mapping import GGUF_PRE_TOKENIZER_SPLITS
 
         kind, way = (
             str(self._reader.fields[name].contents()) if name in self._reader.fields else "default"
@@ -165,7 +166,7 @@ class GGUFSource(ModelSource):
                     pre_tokenizers.ByteLevel(add_prefix_space=False),
                 ]
             )
-        elif kind == "gpt2" and way not in _LIKE_GPT2 and way not in GGUF_PRE_TOKENIZER_SPLITS:
+        elif kind == "gpt2" and way not in _LIKE_GPT2 and way not in gguf_tokenizer_splits():
             raise ModelError(
                 f"{self.path}: text is split in the way {way!r} (tokenizer.ggml.pre), which is not "
                 "understood; use the model's safetensors directory."

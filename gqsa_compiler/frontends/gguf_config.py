@@ -1,6 +1,6 @@
 """Translate a GGUF file's metadata to the fields of a Hugging Face configuration.
 
-transformers' own table (``GGUF_CONFIG_MAPPING``) names most fields. It leaves out RoPE scaling and
+transformers' own table (`gguf_config_fields`) names most fields. It leaves out RoPE scaling and
 some head sizes and ignores what it does not know; those are handled here, and what remains is an
 error.
 """
@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from gqsa_compiler.errors import ModelError
+from gqsa_compiler.frontends._transformers import gguf_config_fields
 from gqsa_compiler.models.rope import RopeParameters
 
 _CLASSES = {
@@ -73,8 +74,6 @@ def read_gguf_config(reader: Any, path: Path) -> tuple[str, dict[str, Any]]:
     ModelError
         The architecture is not supported, or a field is not understood.
     """
-    from transformers.integrations import GGUF_CONFIG_MAPPING
-
     values = {name: field for name, field in reader.fields.items()}  # noqa: C416
     if "general.architecture" not in values:
         raise ModelError(f"{path} does not say its architecture (general.architecture).")
@@ -83,7 +82,7 @@ def read_gguf_config(reader: Any, path: Path) -> tuple[str, dict[str, Any]]:
         raise ModelError(
             f"{path} has the GGUF architecture {arch!r}; supported are {', '.join(_CLASSES)}."
         )
-    names = GGUF_CONFIG_MAPPING[arch]
+    names = gguf_config_fields(arch)
     config: dict[str, Any] = {
         "model_type": "gemma3_text" if arch == "gemma3" else arch,
         "architectures": [_CLASSES[arch]],
@@ -98,8 +97,9 @@ def read_gguf_config(reader: Any, path: Path) -> tuple[str, dict[str, Any]]:
         elif key in _SCALING:
             scaling[_SCALING[key]] = field.contents()
         elif key in names:
-            if names[key] is not None:
-                config[names[key]] = field.contents()
+            hf_name = names[key]
+            if hf_name is not None:
+                config[hf_name] = field.contents()
         elif key not in _IRRELEVANT:
             raise ModelError(f"{path}: the field {name!r} is not understood.")
     for name, key in _TOKENS.items():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -15,8 +15,10 @@ from gqsa_compiler.frontends.source import ModelSource
 from gqsa_compiler.models.config import DecoderConfig
 from gqsa_compiler.models.layers import CausalLM
 from gqsa_compiler.models.registry import architecture, parse_config
+from gqsa_compiler.schedules.kv_cache import AttentionKind
 
-AttentionKind = Literal["mha", "mha_sliding"]
+DEFAULT_CONTEXT = 2048
+"""Tokens of context when none are asked for, where the model has as many."""
 
 ROPE_TABLE = "rope.cos_sin"
 LOCAL_ROPE_TABLE = "rope.local.cos_sin"
@@ -39,7 +41,6 @@ class ModelConfigSummary:
     attn_kinds : tuple of str
         ``mha`` or ``mha_sliding`` for each layer. A window that is no shorter than the context is
         no window.
-    tie_word_embeddings : bool
     bos_token_id : int or None
     eos_token_ids : tuple of int
         Those of the configuration; the tokenizer's files may know more.
@@ -55,7 +56,6 @@ class ModelConfigSummary:
     context_length: int
     sliding_window: int | None
     attn_kinds: tuple[AttentionKind, ...]
-    tie_word_embeddings: bool
     bos_token_id: int | None
     eos_token_ids: tuple[int, ...]
 
@@ -107,20 +107,15 @@ class ImportedModel:
         return array.astype(np.float32) if array.ndim == 1 else array
 
 
-def import_model(
-    source: ModelSource, *, context_length: int | None, prefill_chunk: int, max_batch: int
-) -> ImportedModel:
+def import_model(source: ModelSource, *, context_length: int | None) -> ImportedModel:
     """Build the Relax module of a model.
 
     Parameters
     ----------
     source : ModelSource
     context_length : int or None
-        Tokens of the longest sequence; None means the model's own maximum.
-    prefill_chunk : int
-        Most tokens of one call (bounds the memory plan).
-    max_batch : int
-        Most sequences of one decode call.
+        Tokens of the longest sequence; None means the model's own maximum, at most
+        `DEFAULT_CONTEXT`.
 
     Returns
     -------
@@ -129,18 +124,17 @@ def import_model(
     Raises
     ------
     UsageError
-        A context longer than the model's, or a number below 1.
+        A context longer than the model's, or below 1.
     ModelError
         The configuration is not understood, or does not fit the weights.
     """
     where = str(source.path)
     config = parse_config(source.config, where)
-    context = config.max_position_embeddings if context_length is None else context_length
-    for option, value in (
-        ("context length", context), ("prefill chunk", prefill_chunk), ("batch", max_batch)
-    ):  # fmt: skip
-        if value < 1:
-            raise UsageError(f"The {option} must be at least 1, not {value}.")
+    context = context_length
+    if context is None:
+        context = min(config.max_position_embeddings, DEFAULT_CONTEXT)
+    if context < 1:
+        raise UsageError(f"The context length must be at least 1, not {context}.")
     if context > config.max_position_embeddings:
         raise UsageError(
             f"The context length {context} is more than the model's "
@@ -151,7 +145,7 @@ def import_model(
     shapes = {name: tuple(int(size) for size in p.shape) for name, p in parameters}
     _check_weights(source, config, shapes)
     return ImportedModel(
-        mod=_bound(mod, max(prefill_chunk, max_batch)),
+        mod=_non_negative(mod),
         model=_summary(config, context),
         params=tuple(shapes),
         _source=source,
@@ -173,12 +167,10 @@ def _module_spec(config: DecoderConfig) -> dict[str, Any]:
     }
 
 
-def _bound(mod: Any, most_tokens: int) -> Any:
-    """Tell the memory planner how large n and m become, and that they are never negative."""
-    bounds = {"n": most_tokens, "m": most_tokens}
+def _non_negative(mod: Any) -> Any:
+    """Tell the memory planner that no call has a negative number of tokens or rows."""
     for name in ("forward", "hidden_states", "logits"):
-        func = mod[name].with_attr("tir_var_upper_bound", bounds)
-        mod[name] = func.with_attr("tir_non_negative_var", ["n", "m"])
+        mod[name] = mod[name].with_attr("tir_non_negative_var", ["n", "m"])
     return tvm.IRModule(mod.functions, attrs=mod.attrs)
 
 
@@ -233,7 +225,6 @@ def _summary(config: DecoderConfig, context: int) -> ModelConfigSummary:
         context_length=context,
         sliding_window=window,
         attn_kinds=kinds,
-        tie_word_embeddings=config.tie_word_embeddings,
         bos_token_id=config.bos_token_id,
         eos_token_ids=config.eos_token_ids,
     )

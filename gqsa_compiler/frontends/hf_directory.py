@@ -7,16 +7,14 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import ml_dtypes  # noqa: F401  (gives numpy the name bfloat16, which safetensors looks up)
 import numpy as np
 import numpy.typing as npt
 
+from gqsa_compiler.checkpoint.safetensors_file import DTYPES, FLOAT_DTYPES
 from gqsa_compiler.errors import ModelError
 from gqsa_compiler.frontends.source import READS, ModelSource
 from gqsa_compiler.frontends.tokenizer import save_directory_tokenizer
 from gqsa_compiler.models.registry import text_config
-
-FLOAT_DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
 # Text decoders sit under other names in checkpoints of a bare decoder or of a multimodal model.
 _PREFIXES = (
@@ -176,12 +174,13 @@ class HFSource(ModelSource):
     def dtype(self, name: str) -> str:
         """See `ModelSource.dtype`."""
         stored = self._lookup(name)
-        dtype = self._files.shape_dtype(stored)[1]
+        word = self._files.shape_dtype(stored)[1]
+        dtype = DTYPES.get(word)
         if dtype not in FLOAT_DTYPES:
             raise ModelError(
-                f"{self._files.file_of(stored)}: {stored} is stored as {dtype}; {READS}."
+                f"{self._files.file_of(stored)}: {stored} is stored as {word}; {READS}."
             )
-        return FLOAT_DTYPES[dtype]
+        return str(dtype)
 
     def tensor(self, name: str) -> npt.NDArray[Any]:
         """See `ModelSource.tensor`."""

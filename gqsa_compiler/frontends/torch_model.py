@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -14,6 +15,12 @@ from gqsa_compiler.frontends.source import ModelSource
 
 if TYPE_CHECKING:
     from gqsa_compiler.checkpoint import CheckpointReader
+
+_TORCH_DTYPES: Mapping[str, torch.dtype] = {
+    "float32": torch.float32,
+    "float16": torch.float16,
+    "bfloat16": torch.bfloat16,
+}
 
 
 def to_torch(array: npt.NDArray[Any]) -> Tensor:
@@ -45,7 +52,8 @@ def build_model(source: ModelSource, dtype: torch.dtype = torch.float32) -> Any:
         transformers does not know the architecture.
     """
     from transformers import AutoConfig, AutoModelForCausalLM
-    from transformers.initialization import no_init_weights
+
+    from gqsa_compiler.frontends._transformers import no_init_weights
 
     ignored = ("model_type", "quantization_config", "dtype", "torch_dtype", "transformers_version")
     fields = {key: value for key, value in source.config.items() if key not in ignored}
@@ -89,9 +97,17 @@ def load_parameters(
 
 
 def stored_dtype(source: ModelSource) -> torch.dtype:
-    """Return the dtype of the source's embedding: float32, float16 or bfloat16."""
-    name = next(name for name in source.tensor_names() if "embed" in name)
-    return to_torch(source.tensor(name)[:1]).dtype
+    """Return the dtype of the source's embedding: float32, float16 or bfloat16.
+
+    Raises
+    ------
+    ModelError
+        There is no embedding, or its stored dtype is not a float one.
+    """
+    name = next((name for name in source.tensor_names() if "embed" in name), None)
+    if name is None:
+        raise ModelError(f"{source.path} has no embedding among its weights.")
+    return _TORCH_DTYPES[source.dtype(name)]
 
 
 def load_dense(source: ModelSource, dtype: torch.dtype | None = None) -> tuple[Any, Any]:

@@ -17,7 +17,7 @@ from gqsa_compiler.models.config import (
     read_layer_types,
 )
 from gqsa_compiler.models.fields import FieldReader
-from gqsa_compiler.models.rope import RopeParameters, parse_rope, read_rope
+from gqsa_compiler.models.rope import RopeParameters, combine_rope, read_rope
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -208,28 +208,30 @@ class Gemma3Config(DecoderConfig):
 def _read_gemma_rope(
     fields: FieldReader, max_positions: int
 ) -> tuple[RopeParameters, RopeParameters]:
-    theta = fields.number("rope_theta", 1_000_000.0)
-    local_theta = fields.number("rope_local_base_freq", 10_000.0)
-    scaling = fields.raw("rope_scaling", None)
     both = fields.raw("rope_parameters", None)
-    both = {"full_attention": scaling} if both is None else both
+    both = {} if both is None else both
     if not isinstance(both, dict) or set(both) - {"full_attention", "sliding_attention"}:
         raise fields.error(
             "rope_parameters", "must have full_attention and sliding_attention, and nothing else"
         )
-    where = "rope_scaling" if scaling is not None else "rope_parameters"
-    return (
-        parse_rope(
-            fields, where, both.get("full_attention"), theta=theta, max_positions=max_positions
-        ),
-        parse_rope(
-            fields,
-            where,
-            both.get("sliding_attention"),
-            theta=local_theta,
-            max_positions=max_positions,
-        ),
+    full = combine_rope(
+        fields,
+        both.get("full_attention"),
+        fields.raw("rope_scaling", None),
+        theta_field="rope_theta",
+        default_theta=1_000_000.0,
+        max_positions=max_positions,
     )
+    # Scaling in the older spelling is that of the full layers alone.
+    sliding = combine_rope(
+        fields,
+        both.get("sliding_attention"),
+        None,
+        theta_field="rope_local_base_freq",
+        default_theta=10_000.0,
+        max_positions=max_positions,
+    )
+    return full, sliding
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -93,7 +93,7 @@ class Rotation:
     Parameters
     ----------
     kernel : PrimFunc
-        From `rope_qkv`; one for all layers, since building it takes a while.
+        From `rope_qkv`; one for all layers.
     positions : Tensor
         int32 [n].
     cos_sin : Tensor

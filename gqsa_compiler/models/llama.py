@@ -1,6 +1,7 @@
-"""Llama and Mistral.
+"""Llama, Mistral and Qwen 2.
 
-Mistral differs in its configuration only: the window is the KV cache's business.
+The latter two differ in their configurations only: a window is the KV cache's business, and
+`qkv_bias` says whether q, k and v have biases.
 """
 
 from __future__ import annotations

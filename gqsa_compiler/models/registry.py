@@ -52,7 +52,7 @@ ARCHITECTURES: Mapping[str, Architecture] = MappingProxyType(
         for record in (
             Architecture("llama", LlamaConfig, f"{_PACKAGE}.llama", "LlamaForCausalLM"),
             Architecture("mistral", MistralConfig, f"{_PACKAGE}.llama", "LlamaForCausalLM"),
-            Architecture("qwen2", Qwen2Config, f"{_PACKAGE}.qwen2", "Qwen2ForCausalLM"),
+            Architecture("qwen2", Qwen2Config, f"{_PACKAGE}.llama", "LlamaForCausalLM"),
             Architecture("qwen3", Qwen3Config, f"{_PACKAGE}.qwen3", "Qwen3ForCausalLM"),
             Architecture("gemma3_text", Gemma3Config, f"{_PACKAGE}.gemma3", "Gemma3ForCausalLM"),
             Architecture("opt", OPTConfig, f"{_PACKAGE}.opt", "OPTForCausalLM"),

@@ -130,17 +130,62 @@ def read_rope(fields: FieldReader, max_positions: int) -> RopeParameters:
     ModelError
         A kind of scaling, or a field of it, that is not understood.
     """
-    theta = fields.number("rope_theta", 10000.0)
     fields.neutral("partial_rotary_factor", 1.0, None)
-    scaling = fields.raw("rope_scaling", None)
-    parameters = fields.raw("rope_parameters", None)
-    where = "rope_parameters" if parameters is not None else "rope_scaling"
-    values = parameters if parameters is not None else scaling
-    return parse_rope(fields, where, values, theta=theta, max_positions=max_positions)
+    return combine_rope(
+        fields,
+        fields.raw("rope_parameters", None),
+        fields.raw("rope_scaling", None),
+        theta_field="rope_theta",
+        default_theta=10000.0,
+        max_positions=max_positions,
+    )
 
 
-def parse_rope(
-    fields: FieldReader, where: str, values: Any, *, theta: float, max_positions: int
+def combine_rope(
+    fields: FieldReader,
+    parameters: Any,
+    scaling: Any,
+    *,
+    theta_field: str,
+    default_theta: float,
+    max_positions: int,
+) -> RopeParameters:
+    """Read one rotary embedding from whichever spelling is there, or from both if they agree.
+
+    Parameters
+    ----------
+    fields : FieldReader
+    parameters, scaling : Any
+        What ``rope_parameters`` and ``rope_scaling`` say about it; None where they say nothing.
+    theta_field : str
+        The field of the older spelling that holds the base.
+    default_theta : float
+    max_positions : int
+        The model's ``max_position_embeddings``.
+
+    Raises
+    ------
+    ModelError
+        As `read_rope`; or the two spellings differ: which one a model was trained with is
+        anybody's guess.
+    """
+    theta = fields.number(theta_field, default_theta)
+    if parameters is None:
+        return _parse(fields, "rope_scaling", scaling, theta, max_positions)
+    rope = _parse(fields, "rope_parameters", parameters, theta, max_positions)
+    if fields.raw(theta_field, None) is not None and theta != rope.theta:
+        raise fields.error(
+            theta_field, f"= {theta} differs from the {rope.theta} of 'rope_parameters'"
+        )
+    if scaling is not None and rope != _parse(
+        fields, "rope_scaling", scaling, theta, max_positions
+    ):
+        raise fields.error("rope_scaling", "says something else than 'rope_parameters'")
+    return rope
+
+
+def _parse(
+    fields: FieldReader, where: str, values: Any, theta: float, max_positions: int
 ) -> RopeParameters:
     """Read one dictionary of rotary parameters; `where` names the field it came from."""
     values = {} if values is None else values
@@ -162,8 +207,8 @@ def parse_rope(
     theta = numbers.number("rope_theta", theta)
     if kind == "default":
         return RopeParameters(theta=theta)
-    original = numbers.integer("original_max_position_embeddings", max_positions)
     if kind == "yarn" and "factor" not in scaling:
+        original = numbers.integer("original_max_position_embeddings", max_positions)
         scaling["factor"] = max_positions / original
     factor = numbers.number("factor")
     if factor < 1.0:
@@ -171,10 +216,12 @@ def parse_rope(
     if kind == "linear":
         return RopeParameters("linear", theta, factor)
     if kind == "llama3":
+        original = numbers.integer("original_max_position_embeddings")
         low, high = numbers.number("low_freq_factor"), numbers.number("high_freq_factor")
         if high <= low:
             raise fields.error(where, "has a high_freq_factor that is not above low_freq_factor")
         return RopeParameters("llama3", theta, factor, original, low, high)
+    original = numbers.integer("original_max_position_embeddings", max_positions)
     return RopeParameters(
         "yarn",
         theta,

@@ -22,10 +22,8 @@ from gqsa_compiler.schedules.generic.emit import (
     extent,
     local,
     scalar,
-    span,
 )
 from gqsa_compiler.schedules.generic.math import power_of_two
-from gqsa_compiler.targets import TargetSpec
 
 # The score of a key that a query does not see, and the lse of a query that sees none.
 MASKED = -1e30
@@ -127,11 +125,6 @@ def largest_divisor(number: int, most: int) -> int:
     return max(i for i in range(1, most + 1) if number % i == 0)
 
 
-def vector_lanes(target: TargetSpec) -> int:
-    """Return how many floats `target`'s widest vector has."""
-    return target.vector_bits // 32
-
-
 def pages_argument(shape: AttentionShape) -> Buffer:
     """Declare the cache's pages as the function's next argument."""
     kv_heads, page, dim = shape.num_kv_heads, shape.page_size, shape.head_dim
@@ -164,23 +157,9 @@ def tile_buffers(count: int, vectors: int, lanes: int) -> list[Buffer]:
     return [local(vectors * lanes) for _ in range(count)]
 
 
-vec = span  # the index of `lanes` consecutive elements
-
-
 def exp2(x: Expr, lanes: int) -> Expr:
     """Emit 2**x for float32 x of `lanes` lanes, x <= 64; 2**-125 where x is below that."""
     clamped = B.bind(B.max(x, broadcast(const(-125.0, "float32"), lanes)))
     # One vector instruction. Rounding by adding 1.5 * 2**23 does not survive TVM's simplifier.
     whole = B.bind(B.nearbyint(clamped))
     return power_of_two(whole, B.bind(clamped - whole))
-
-
-def horizontal_max(x: Expr, lanes: int) -> Expr:
-    """Emit the maximum of the lanes (a power of two) of a bound vector."""
-    while lanes > 1:
-        half = lanes // 2
-        low = B.Shuffle([x], list(range(half)))
-        high = B.Shuffle([x], list(range(half, lanes)))
-        x = B.bind(B.max(low, high))
-        lanes = half
-    return x

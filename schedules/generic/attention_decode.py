@@ -15,13 +15,11 @@ from gqsa_compiler.schedules.generic.attention_common import (
     MASKED,
     AttentionShape,
     exp2,
-    horizontal_max,
     largest_divisor,
     pages_argument,
     rope_arguments,
     table_argument,
     tile_buffers,
-    vec,
 )
 from gqsa_compiler.schedules.generic.emit import (
     Buffer,
@@ -30,11 +28,13 @@ from gqsa_compiler.schedules.generic.emit import (
     broadcast,
     const,
     extent,
+    horizontal_max,
+    horizontal_sum,
     int64,
     load,
     local,
-    row_sum,
     scheduled,
+    span,
     store,
 )
 from gqsa_compiler.schedules.generic.math import LOG2_E
@@ -196,7 +196,7 @@ class _Share:
         self.factor = local(shape.group)
 
     def _at(self, i: Expr | int) -> Expr:
-        return vec(i * self.tiling.lanes, self.tiling.lanes)
+        return span(i * self.tiling.lanes, self.tiling.lanes)
 
     def begin(self, q: Buffer, b: Expr, sm_scale: Expr) -> None:
         """Scale the queries; no key has been seen."""
@@ -249,13 +249,13 @@ class _Share:
                         store(buffer, load(buffer, self._at(i)) + query * line, self._at(i))
             for g, buffer in enumerate(acc):
                 for i in range(count):
-                    total = row_sum(B.bind(load(buffer, self._at(i))), tiling.lanes)
+                    total = horizontal_sum(B.bind(load(buffer, self._at(i))), tiling.lanes)
                     store(self.scores, total, t * tiling.heads + g, j + i)
 
     def _weights(self, g: Expr, head: Expr) -> None:
         """A head's new maximum, the page's weights, the sum and the rescaling."""
         partial, s, lanes = self.partial, self.s, self.shape.page_lanes
-        spots = [vec(i * lanes, lanes) for i in range(self.shape.page_size // lanes)]
+        spots = [span(i * lanes, lanes) for i in range(self.shape.page_size // lanes)]
         biggest = B.bind(load(self.scores, g, spots[0]))
         for spot in spots[1:]:
             biggest = B.bind(B.max(biggest, load(self.scores, g, spot)))
@@ -267,7 +267,7 @@ class _Share:
             weight = exp2(load(self.scores, g, spot) - broadcast(top, lanes), lanes)
             store(self.scores, weight, g, spot)
             total = weight if total is None else B.bind(total + weight)
-        total = load(partial.total, s, head) * factor + row_sum(total, lanes)
+        total = load(partial.total, s, head) * factor + horizontal_sum(total, lanes)
         store(partial.total, total, s, head)
         store(partial.top, top, s, head)
         store(self.factor, factor, g)

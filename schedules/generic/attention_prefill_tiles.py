@@ -15,7 +15,6 @@ from gqsa_compiler.schedules.generic.attention_common import (
     AttentionShape,
     exp2,
     tile_buffers,
-    vec,
 )
 from gqsa_compiler.schedules.generic.emit import (
     Buffer,
@@ -25,6 +24,7 @@ from gqsa_compiler.schedules.generic.emit import (
     int64,
     load,
     local,
+    span,
     store,
 )
 
@@ -73,14 +73,14 @@ class Tiles:
     def __init__(self, shape: AttentionShape) -> None:
         self.shape = shape
         self.lanes = shape.lanes
-        self.columns = [vec(i * shape.lanes, shape.lanes) for i in range(shape.row_vectors)]
-        self.whole = vec(0, shape.lanes)
+        self.columns = [span(i * shape.lanes, shape.lanes) for i in range(shape.row_vectors)]
+        self.whole = span(0, shape.lanes)
 
     def _buffers(self, vectors: int) -> list[Buffer]:
         return tile_buffers(self.shape.row_vectors, vectors, self.lanes)
 
     def _at(self, i: int) -> Expr:
-        return vec(i * self.lanes, self.lanes)
+        return span(i * self.lanes, self.lanes)
 
     def _accumulate(self, acc: list[Buffer], left: Buffer, line: Expr, scalars: list[Expr]) -> None:
         """acc[i] += left[line] * scalars[i], for every row vector."""

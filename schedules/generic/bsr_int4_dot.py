@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from gqsa_compiler._tvm import B
+from gqsa_compiler.checkpoint import SYMMETRIC_ZERO
 from gqsa_compiler.schedules.generic.emit import (
     Buffer,
     Expr,
@@ -74,7 +75,7 @@ class Weights:
     def block_zeros(self, group: Expr) -> Expr:
         """Emit the zero points of `BLOCK` groups as float32."""
         if self.spec.symmetric or self.meta is None:
-            return broadcast(const(8.0, "float32"), BLOCK)
+            return broadcast(const(SYMMETRIC_ZERO, "float32"), BLOCK)
         meta = cast("int32", load(self.meta, group, lanes=BLOCK), BLOCK)
         low = B.bitwise_and(meta, broadcast(const(15, "int32"), BLOCK))
         return cast("float32", low, BLOCK)
@@ -236,7 +237,7 @@ def _int8_group(
         lanes=tile,
     )
     if weights.spec.symmetric or weights.meta is None:
-        zero = const(8, "int16")
+        zero = const(SYMMETRIC_ZERO, "int16")
     else:
         meta = cast("int32", load(weights.meta, group))
         zero = cast("int16", B.bitwise_and(meta, const(15, "int32")))

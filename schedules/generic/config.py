@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from gqsa_compiler.schedules.generic.emit import vector_lanes
 from gqsa_compiler.schedules.rule import KernelConfig
 from gqsa_compiler.targets import TargetSpec
 
@@ -15,8 +16,8 @@ class GenericConfig(KernelConfig):
     Parameters
     ----------
     tasks : int
-        Pieces of work, spread over the threads at run time. Fixed when packing, so it is many
-        times the threads a machine may have.
+        Pieces of work, spread over the threads at run time: 64, or one an output where there are
+        fewer. Fixed when packing, for a machine of any size; threads beyond it have nothing to do.
     lanes : int
         float32 lanes of a vector register: 4, 8 or 16. Part of the packed layout.
     tiles : tuple of int
@@ -35,7 +36,7 @@ def default_config(units: int, target: TargetSpec) -> GenericConfig:
     A tile needs one register a token, so 16 tokens only where there are 32 wide registers.
     """
     tiles = (4, 8, 16) if target.vector_bits == 512 else (4, 8)
-    return GenericConfig(tasks=max(1, min(64, units)), lanes=target.vector_bits // 32, tiles=tiles)
+    return GenericConfig(tasks=max(1, min(64, units)), lanes=vector_lanes(target), tiles=tiles)
 
 
 def has_native_half(target: TargetSpec) -> bool:

@@ -1,4 +1,4 @@
-"""The frame around every generic linear kernel: its arguments and attributes."""
+"""The frame around every generic linear kernel: its arguments, in the order that all share."""
 
 from __future__ import annotations
 

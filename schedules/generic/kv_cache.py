@@ -28,9 +28,6 @@ from gqsa_compiler.schedules.generic.emit import (
     store,
 )
 
-# Below this many tokens a thread launch costs more than it saves.
-_SERIAL_TOKENS = 8
-
 
 def split_qkv(shape: AttentionShape) -> Any:
     """Build the kernel that splits fused rows into q, k and v.
@@ -58,7 +55,7 @@ def split_qkv(shape: AttentionShape) -> Any:
                 with B.serial(count) as h:
                     copy(out, (n, h, 0), qkv, (n, h + first, 0), dim, shape.feature_lanes)
 
-        each_token(tokens, _SERIAL_TOKENS, row)
+        each_token(tokens, (heads + 2 * kv_heads) * dim, row)
     return builder.get()
 
 
@@ -84,7 +81,7 @@ def append_kv(shape: AttentionShape) -> Any:
                     copy(pages, (page, 0, h, slot, 0), k, (n, h, 0), dim, lanes)
                     copy(pages, (page, 1, h, slot, 0), v, (n, h, 0), dim, lanes)
 
-        each_token(tokens, _SERIAL_TOKENS, row)
+        each_token(tokens, 2 * kv_heads * dim, row)
     return builder.get()
 
 
@@ -117,7 +114,7 @@ def merge_states(shape: AttentionShape) -> Any:
                     store(out, merged, *at, lanes=lanes)
                 store(lse, top + B.log2(both), n, h)
 
-        each_token(tokens, _SERIAL_TOKENS, row)
+        each_token(tokens, 2 * heads * dim, row)
     return builder.get()
 
 

@@ -169,7 +169,7 @@ def _check_parts(spec: LinearSpec, parts: Sequence[BSRLayer]) -> None:
                 f"{part.group_size}, but the kernel was built for {spec.k} and {spec.group_size}."
             )
         if part.symmetric and not spec.symmetric:
-            continue  # its zeros are all 8, stored like any other
+            continue  # its zeros are all `SYMMETRIC_ZERO`, stored like any other
         if part.symmetric != spec.symmetric:
             raise CompileError(f"Cannot pack {part.name}: the kernel was built without zeros.")
 

@@ -1,6 +1,6 @@
 """Elementary functions on float32 scalars and vectors, written so that LLVM keeps them in SIMD.
 
-LLVM turns ``exp``, ``erf`` and ``tanh`` of a vector into one call of the C library per lane. These
+LLVM turns ``exp`` and ``erf`` of a vector into one call of the C library per lane. These
 are polynomials instead, with no table, no branch and no call. Every function takes and returns a
 TIR expression of type float32 or float32xL. Call them while a function is being built (by the IR
 builder, or inside TVMScript, which is one): shared terms become bindings in front of the statement.
@@ -9,11 +9,10 @@ builder, or inside TVMScript, which is one): shared terms become bindings in fro
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
-from gqsa_compiler._tvm import B, T, tvm
-
-Expr = Any
+from gqsa_compiler._tvm import B, T
+from gqsa_compiler.schedules.generic.emit import Expr, broadcast, const, lanes_of, vector
+from gqsa_compiler.schedules.spec import Activation
 
 LOG2_E = 1.4426950408889634
 _LN2_HIGH = 0.693359375
@@ -49,16 +48,9 @@ _ERF_Q = (
 )
 
 
-def lanes_of(x: Expr) -> int:
-    """Return the number of lanes of an expression."""
-    return int(tvm.DataType(x.ty.dtype).lanes)
-
-
-def splat(value: float | int | Expr, like: Expr, dtype: str = "float32") -> Expr:
-    """Repeat a number or a scalar expression in every lane of `like`."""
-    scalar = tvm.tirx.const(value, dtype) if isinstance(value, (int, float)) else value
-    lanes = lanes_of(like)
-    return scalar if lanes == 1 else T.Broadcast(scalar, lanes)
+def _splat(value: float, like: Expr, dtype: str = "float32") -> Expr:
+    """Repeat a number in every lane of `like`."""
+    return broadcast(const(value, dtype), lanes_of(like))
 
 
 def fma(a: Expr, b: Expr, c: Expr) -> Expr:
@@ -70,9 +62,9 @@ def fma(a: Expr, b: Expr, c: Expr) -> Expr:
 
 
 def _horner(x: Expr, coefficients: tuple[float, ...]) -> Expr:
-    result = splat(coefficients[0], x)
+    result = _splat(coefficients[0], x)
     for c in coefficients[1:]:
-        result = fma(result, x, splat(c, x))
+        result = fma(result, x, _splat(c, x))
     return result
 
 
@@ -81,69 +73,60 @@ def power_of_two(whole: Expr, fraction: Expr) -> Expr:
 
     `whole` is a float32 without a fraction; the result must be a normal float32.
     """
-    lanes = lanes_of(fraction)
-    suffix = f"x{lanes}" if lanes > 1 else ""
-    exponent = T.shift_left(T.Cast(f"int32{suffix}", whole), splat(23, whole, "int32"))
-    bits = T.reinterpret(f"int32{suffix}", _horner(fraction, _EXP2_POLY)) + exponent
-    return B.bind(T.reinterpret(f"float32{suffix}", bits))
+    floats, integers = (vector(dtype, lanes_of(fraction)) for dtype in ("float32", "int32"))
+    exponent = T.shift_left(T.Cast(integers, whole), _splat(23, whole, "int32"))
+    bits = T.reinterpret(integers, _horner(fraction, _EXP2_POLY)) + exponent
+    return B.bind(T.reinterpret(floats, bits))
 
 
 def exp(x: Expr) -> Expr:
     """``e^x`` to 2 units in the last place; saturates at e^-87 and e^88, so never 0 or infinite."""
-    t = B.bind(T.max(T.min(x, splat(_EXP_MAX, x)), splat(_EXP_MIN, x)))
-    n = B.bind(T.nearbyint(t * splat(LOG2_E, x)))
-    r = fma(n, splat(-_LN2_LOW, x), fma(n, splat(-_LN2_HIGH, x), t))
-    return power_of_two(n, B.bind(r * splat(LOG2_E, x)))
+    t = B.bind(T.max(T.min(x, _splat(_EXP_MAX, x)), _splat(_EXP_MIN, x)))
+    n = B.bind(T.nearbyint(t * _splat(LOG2_E, x)))
+    r = fma(n, _splat(-_LN2_LOW, x), fma(n, _splat(-_LN2_HIGH, x), t))
+    return power_of_two(n, B.bind(r * _splat(LOG2_E, x)))
 
 
-def sigmoid(x: Expr) -> Expr:
-    """``1 / (1 + e^-x)``."""
-    one = splat(1.0, x)
-    return one / (one + exp(splat(0.0, x) - x))
+def _times_sigmoid(x: Expr, minus_t: Expr) -> Expr:
+    """``x * sigmoid(t)``, which is ``x / (1 + e^-t)``."""
+    return x / (_splat(1.0, x) + exp(minus_t))
 
 
 def silu(x: Expr) -> Expr:
     """``x * sigmoid(x)``."""
     v = B.bind(x)
-    return v / (splat(1.0, v) + exp(splat(0.0, v) - v))
+    return _times_sigmoid(v, _splat(0.0, v) - v)
 
 
 def erf(x: Expr) -> Expr:
     """The error function, to an absolute error of 4e-7."""
-    v = B.bind(T.max(T.min(x, splat(4.0, x)), splat(-4.0, x)))
+    v = B.bind(T.max(T.min(x, _splat(4.0, x)), _splat(-4.0, x)))
     square = B.bind(v * v)
     return v * _horner(square, _ERF_P) / _horner(square, _ERF_Q)
-
-
-def tanh(x: Expr) -> Expr:
-    """The hyperbolic tangent, to an absolute error of 2e-7."""
-    one = splat(1.0, x)
-    two = splat(2.0, x)
-    return one - two / (one + exp(two * x))
 
 
 def gelu(x: Expr) -> Expr:
     """``x / 2 * (1 + erf(x / sqrt(2)))``."""
     v = B.bind(x)
-    half = B.bind(splat(0.5, v) * v)
-    return fma(half, erf(v * splat(0.7071067811865476, v)), half)
+    half = B.bind(_splat(0.5, v) * v)
+    return fma(half, erf(v * _splat(0.7071067811865476, v)), half)
 
 
 def gelu_tanh(x: Expr) -> Expr:
     """GELU's tanh form; ``x / 2 * (1 + tanh(u)) = x * sigmoid(2 u)`` needs one exponential."""
     v = B.bind(x)
-    cubic = fma(v * v, splat(0.044715, v), splat(1.0, v))
-    return v / (splat(1.0, v) + exp(v * cubic * splat(-2 * 0.7978845608028654, v)))
+    cubic = fma(v * v, _splat(0.044715, v), _splat(1.0, v))
+    return _times_sigmoid(v, v * cubic * _splat(-2 * 0.7978845608028654, v))
 
 
 def relu(x: Expr) -> Expr:
     """``max(x, 0)``."""
-    return T.max(x, splat(0.0, x))
+    return T.max(x, _splat(0.0, x))
 
 
-def activate(name: str, x: Expr) -> Expr:
+def activate(name: Activation, x: Expr) -> Expr:
     """Apply the activation that `Epilogue.activation` names."""
-    functions: dict[str, Callable[[Expr], Expr]] = {
+    functions: dict[Activation, Callable[[Expr], Expr]] = {
         "silu": silu,
         "gelu": gelu,
         "gelu_tanh": gelu_tanh,

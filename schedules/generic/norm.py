@@ -11,19 +11,14 @@ from gqsa_compiler.schedules.generic.emit import (
     Expr,
     argument,
     broadcast,
-    const,
     each_token,
     extent,
     int64,
     load,
-    local,
-    row_sum,
     scheduled,
     store,
 )
-
-# Below this many tokens a thread launch costs more than it saves.
-_SERIAL_TOKENS = 16
+from gqsa_compiler.schedules.generic.rows import rms_factor, row_mean
 
 
 def norm(features: int, eps: float, *, center: bool) -> Any:
@@ -55,7 +50,7 @@ def norm(features: int, eps: float, *, center: bool) -> Any:
         def row(token: Expr) -> None:
             _row(x, weight, bias, out, token, features, eps)
 
-        each_token(tokens, _SERIAL_TOKENS, row)
+        each_token(tokens, features, row)
     return builder.get()
 
 
@@ -71,27 +66,17 @@ def _row(
     lanes = math.gcd(16, features)
     mean = None
     if bias is not None:
-        mean = _mean(features, lanes, lambda at: load(x, token, at, lanes=lanes))
+        mean = row_mean(features, lanes, lambda at, n: load(x, token, at, lanes=n))
 
-    def centered(at: Expr) -> Expr:
+    def centered(at: Expr, lanes: int) -> Expr:
         value = load(x, token, at, lanes=lanes)
         return value if mean is None else value - broadcast(mean, lanes)
 
     # A second pass over a row that is in cache: the variance around a large mean stays exact.
-    square = _mean(features, lanes, lambda at: centered(at) * centered(at))
-    factor = B.bind(const(1.0, "float32") / B.sqrt(square + const(eps, "float32")))
+    factor = rms_factor(features, lanes, eps, centered)
     with B.serial(int64(0), int64(features // lanes)) as i:
         at = i * int64(lanes)
-        value = centered(at) * broadcast(factor, lanes) * load(weight, at, lanes=lanes)
+        value = centered(at, lanes) * broadcast(factor, lanes) * load(weight, at, lanes=lanes)
         if bias is not None:
             value = value + load(bias, at, lanes=lanes)
         store(out, value, token, at, lanes=lanes)
-
-
-def _mean(features: int, lanes: int, value: Any) -> Expr:
-    """Emit the mean over a row of ``value(offset)``, `lanes` elements at a time."""
-    total = local(lanes)
-    store(total, broadcast(const(0.0, "float32"), lanes), 0, lanes=lanes)
-    with B.serial(int64(0), int64(features // lanes)) as i:
-        store(total, load(total, 0, lanes=lanes) + value(i * int64(lanes)), 0, lanes=lanes)
-    return B.bind(row_sum(load(total, 0, lanes=lanes), lanes) * const(1.0 / features, "float32"))

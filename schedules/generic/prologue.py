@@ -5,19 +5,20 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from gqsa_compiler._tvm import B
-from gqsa_compiler.schedules.generic import math
 from gqsa_compiler.schedules.generic.emit import (
     Buffer,
     Expr,
     broadcast,
     cast,
     const,
+    each_token,
+    horizontal_max,
     int64,
     load,
     local,
-    row_sum,
     store,
 )
+from gqsa_compiler.schedules.generic.rows import rms_factor
 from gqsa_compiler.schedules.generic.tiles import TilePlan
 from gqsa_compiler.schedules.spec import LinearSpec
 
@@ -48,21 +49,9 @@ class Inputs:
         return load(self.values, offset, lanes=lanes)
 
 
-def rms_factor(x: Buffer, token: Expr, k: int, eps: float, lanes: int) -> Expr:
-    """Emit ``1 / sqrt(mean(x[token] ** 2) + eps)``."""
-    vectors, tail = divmod(k, lanes)
-    total = local(lanes)
-    store(total, broadcast(const(0.0, "float32"), lanes), 0, lanes=lanes)
-    with B.serial(int64(0), int64(vectors)) as i:
-        v = B.bind(load(x, token, i * int64(lanes), lanes=lanes))
-        store(total, math.fma(v, v, load(total, 0, lanes=lanes)), 0, lanes=lanes)
-    summed = local(1)
-    store(summed, row_sum(load(total, 0, lanes=lanes), lanes), 0)
-    with B.serial(int64(0), int64(tail)) as i:
-        v = B.bind(load(x, token, int64(vectors * lanes) + i))
-        store(summed, math.fma(v, v, load(summed, 0)), 0)
-    mean = load(summed, 0) * const(1.0 / k, "float32")
-    return B.bind(const(1.0, "float32") / B.sqrt(mean + const(eps, "float32")))
+def _token_factor(spec: LinearSpec, x: Buffer, token: Expr, lanes: int) -> Expr:
+    assert spec.norm_eps is not None
+    return rms_factor(spec.k, lanes, spec.norm_eps, lambda at, n: load(x, token, at, lanes=n))
 
 
 def prepare_one(spec: LinearSpec, x: Buffer, norm: Buffer | None, lanes: int) -> Inputs:
@@ -108,11 +97,10 @@ def _write_token(
     lanes: int,
 ) -> None:
     size = spec.group_size
+    width = min(lanes, size)
     factor = None
     if norm is not None:
-        assert spec.norm_eps is not None
-        factor = rms_factor(x, token, spec.k, spec.norm_eps, min(lanes, size))
-    width = min(lanes, size)
+        factor = _token_factor(spec, x, token, width)
 
     def value(column: Expr) -> Expr:
         v = load(x, token, column, lanes=width)
@@ -143,11 +131,7 @@ def _quantise(spec: LinearSpec, inputs: Inputs, staged: Buffer, at: Expr, width:
     peak = B.bind(B.abs(load(staged, 0, lanes=width)))
     for i in range(width, size, width):
         peak = B.bind(B.max(peak, B.abs(load(staged, i, lanes=width))))
-    lanes = width
-    while lanes > 1:
-        lanes //= 2
-        low, high = list(range(lanes)), list(range(lanes, 2 * lanes))
-        peak = B.bind(B.max(B.Shuffle([peak], low), B.Shuffle([peak], high)))
+    peak = horizontal_max(peak, width)
     zero = const(0.0, "float32")
     usable = peak >= const(QUANT_TINY, "float32")
     limit = const(QUANT_MAX, "float32")
@@ -179,14 +163,12 @@ def _write_zeros(
 
 
 def normalise_rows(spec: LinearSpec, x: Buffer, norm: Buffer, tokens: Expr, lanes: int) -> Buffer:
-    """Emit the RMS norm of all tokens, in parallel, into a scratch buffer [tokens, K]."""
-    assert spec.norm_eps is not None
-    eps = spec.norm_eps
+    """Emit the RMS norm of all tokens into a scratch buffer [tokens, K]."""
     result = B.alloc_buffer((tokens, spec.k), "float32")
     vectors, tail = divmod(spec.k, lanes)
 
     def token_body(token: Expr) -> None:
-        factor = rms_factor(x, token, spec.k, eps, lanes)
+        factor = _token_factor(spec, x, token, lanes)
 
         def columns(at: Expr, width: int) -> None:
             value = load(x, token, at, lanes=width) * broadcast(factor, width)
@@ -197,10 +179,5 @@ def normalise_rows(spec: LinearSpec, x: Buffer, norm: Buffer, tokens: Expr, lane
         with B.serial(int64(0), int64(tail)) as i:
             columns(int64(vectors * lanes) + i, 1)
 
-    # One token is not worth waking the threads for.
-    with B.If(tokens == int64(1)):
-        with B.Then():
-            token_body(int64(0))
-        with B.Else(), B.parallel(int64(0), tokens) as token:
-            token_body(token)
+    each_token(tokens, spec.k, token_body)
     return result

@@ -13,20 +13,15 @@ from gqsa_compiler.schedules.generic.emit import (
     Expr,
     argument,
     broadcast,
-    const,
     copy,
     each_token,
     extent,
     int64,
     load,
-    local,
-    row_sum,
     scheduled,
     store,
 )
-
-# Below this many tokens a thread launch costs more than it saves.
-_SERIAL_TOKENS = 4
+from gqsa_compiler.schedules.generic.rows import rms_factor
 
 
 def rope_qkv(
@@ -96,7 +91,7 @@ def rope_qkv(
                 at = (token, B.bind(head * head_dim + values))
                 copy(out, at, qkv, at, head_dim, math.gcd(16, head_dim))
 
-        each_token(tokens, _SERIAL_TOKENS, row)
+        each_token(tokens, width, row)
     return builder.get()
 
 
@@ -115,7 +110,7 @@ class _Rows:
         """Emit the head at column `start`: normalise it with `norm`, rotate it, store it."""
         half = self.rotary // 2
         lanes, tail = math.gcd(16, half), math.gcd(16, self.dim - self.rotary, self.rotary)
-        scale = None if norm is None else self._rms_factor(token, start)
+        scale = None if norm is None else self._factor(token, start)
 
         def feature(at: Expr, lanes: int) -> Expr:
             value = load(self.qkv, token, start + at, lanes=lanes)
@@ -135,13 +130,10 @@ class _Rows:
             at = i * tail + self.rotary
             store(self.out, feature(at, tail), token, start + at, lanes=tail)
 
-    def _rms_factor(self, token: Expr, start: Expr) -> Expr:
-        """Emit ``1 / sqrt(mean(x^2) + eps)`` of a head."""
-        lanes = math.gcd(16, self.dim)
-        total = local(lanes)
-        store(total, broadcast(const(0.0, "float32"), lanes), 0, lanes=lanes)
-        with B.serial(int64(0), int64(self.dim // lanes)) as i:
-            x = B.bind(load(self.qkv, token, start + i * lanes, lanes=lanes))
-            store(total, load(total, 0, lanes=lanes) + x * x, 0, lanes=lanes)
-        mean = row_sum(load(total, 0, lanes=lanes), lanes) * const(1 / self.dim, "float32")
-        return B.bind(const(1.0, "float32") / B.sqrt(mean + const(self.eps, "float32")))
+    def _factor(self, token: Expr, start: Expr) -> Expr:
+        """Emit the RMS norm's factor of the head at column `start`."""
+
+        def values(at: Expr, lanes: int) -> Expr:
+            return load(self.qkv, token, start + at, lanes=lanes)
+
+        return rms_factor(self.dim, math.gcd(16, self.dim), self.eps, values)

@@ -11,7 +11,6 @@ from hypothesis import strategies as st
 
 from gqsa_compiler.checkpoint import (
     BSRLayer,
-    concat_rows,
     convert,
     decode_groups,
     from_codes,
@@ -19,7 +18,6 @@ from gqsa_compiler.checkpoint import (
     pack_nibbles,
     to_dense,
     to_scipy,
-    validate_layer,
 )
 from gqsa_compiler.errors import CheckpointError
 from tests.checkpoint.helpers import layers, naive_dense, random_layer, same_layer
@@ -54,33 +52,6 @@ def test_dense_in_small_chunks_is_the_same(monkeypatch: pytest.MonkeyPatch) -> N
 def test_decode_groups_takes_a_range() -> None:
     layer = random_layer("p", (9, 64), 8, seed=2)
     assert np.array_equal(decode_groups(layer, 3, 10), decode_groups(layer)[3:10])
-
-
-@settings(max_examples=60, deadline=None)
-@given(data=st.data(), columns=st.integers(1, 5), group_size=st.sampled_from([8, 16]))
-def test_concat_rows_stacks(data: st.DataObject, columns: int, group_size: int) -> None:
-    one = layers(columns=columns, group_size=group_size)
-    parts = data.draw(st.lists(one, min_size=1, max_size=4))
-    stacked = concat_rows("all", parts)
-    validate_layer(stacked)
-    assert stacked.symmetric == all(part.symmetric for part in parts)
-    assert np.array_equal(to_dense(stacked), np.concatenate([to_dense(p) for p in parts]))
-
-
-def test_concat_rows_refuses_what_does_not_fit() -> None:
-    a = random_layer("a", (2, 64), 16)
-    with pytest.raises(CheckpointError, match="no layers"):
-        concat_rows("x", [])
-    for other in (random_layer("b", (2, 32), 16), random_layer("b", (2, 64), 8)):
-        with pytest.raises(CheckpointError, match="'a' and 'b' cannot be stacked"):
-            concat_rows("x", [a, other])
-
-
-def test_concat_rows_refuses_an_indptr_overflow(monkeypatch: pytest.MonkeyPatch) -> None:
-    a = random_layer("a", (2, 64), 16, density=1.0)
-    monkeypatch.setattr(convert, "MAX_INDEX", 15)
-    with pytest.raises(CheckpointError, match="more than 2"):
-        concat_rows("x", [a, a])
 
 
 @pytest.mark.parametrize(

@@ -134,7 +134,7 @@ def test_a_report_without_sparse_layers(capsys: pytest.CaptureFixture[str]) -> N
     kernel = {"kernel": "generic.dense", "bytes": 1000}
     fallback = {"layer": "a.b", "reason": "why", "bytes": 1000, "extra_bytes": 900}
     report = {
-        "bytes_by_kind": {"compressed": 0, "dense_linear": 1000, "embedding": 0, "other": 0},
+        "bytes_by_kind": {"compressed": 0, "dense_linear": 1000, "tables": 0, "other": 0},
         "bits_per_weight": 0.0,
         "bytes_per_token": 1000,
         "kv_cache_bytes_per_token": 8,

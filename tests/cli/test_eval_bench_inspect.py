@@ -10,8 +10,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from gqsa_compiler import runtime
-from gqsa_compiler.bandwidth import last_level_cache_bytes, measure_read_bandwidth
+from gqsa_compiler import bandwidth, runtime
+from gqsa_compiler.bandwidth import (
+    available_bytes,
+    last_level_cache_bytes,
+    measure_read_bandwidth,
+)
 from tests.cli.conftest import Gqsa
 
 TEXT = "the cat and the other cat " * 12
@@ -103,6 +107,24 @@ def test_read_bandwidth_is_that_of_memory() -> None:
     assert 0.5e9 < found < 1000e9
 
 
+def test_file_caches_count_as_available(tmp_path: Path) -> None:
+    """A model's mapped weights fill the page cache: what is merely free would be too little."""
+    path = tmp_path / "meminfo"
+    path.write_text("MemTotal: 900 kB\nMemFree:  100 kB\nMemAvailable:  800 kB\n")
+    assert available_bytes(path) == 800 << 10
+    assert available_bytes(tmp_path / "none") > 0
+
+
+def test_the_buffer_is_at_most_a_quarter_of_the_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes = []
+    monkeypatch.setattr(bandwidth, "available_bytes", lambda: 4 << 20)
+    monkeypatch.setattr(
+        np, "ones", lambda count, dtype: sizes.append(count) or np.zeros(count, dtype)
+    )
+    measure_read_bandwidth(1, repeats=1)
+    assert sizes == [(1 << 20) // 4]
+
+
 def test_last_level_cache(tmp_path: Path) -> None:
     for index, size in enumerate(("48K", "2048K", "32M", "odd")):
         folder = tmp_path / "cpu0" / "cache" / f"index{index}"
@@ -119,6 +141,8 @@ def test_inspect_an_artefact(gqsa: Gqsa, toy_artefact: Path) -> None:
     table = gqsa("inspect", toy_artefact)
     assert "toy (toy) for cpu" in table.out
     assert "(fallback)" in table.out
+    assert "tokens  " not in table.out.splitlines()[-2]
+    assert done.err == ""
 
 
 def test_inspect_a_manifest_of_another_version(

@@ -42,6 +42,28 @@ def test_json(gqsa: Gqsa, toy_artefact: Path) -> None:
     assert done.json["prompt_tokens"] > 0
 
 
+def test_run_and_chat_share_their_options(
+    gqsa: Gqsa, toy_artefact: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = {
+        **{"temperature": "0.5", "top-k": "3", "top-p": "0.9", "min-p": "0.1", "seed": "4"},
+        **{"repetition-penalty": "1.1", "stop": "zz", "context": "64", "threads": "1"},
+    }
+    words = [word for name, value in asked.items() for word in (f"--{name}", value)]
+    ran = gqsa("run", toy_artefact, "-p", "hi", "--max-tokens", "2", "--no-verify", *words)
+    _say(monkeypatch, "hi")
+    said = gqsa("chat", toy_artefact, "--max-tokens", "2", "--no-verify", *words)
+    for done in (ran, said):
+        assert done.code == 0
+        settings = [line.split() for line in done.err.splitlines() if line.startswith("  ")]
+        shown = {words[0]: words[-1] for words in settings}
+        for name, value in asked.items():
+            assert value in shown[name.replace("-", "_")]
+    for verb in ("run", "chat"):
+        wrong = gqsa(verb, toy_artefact, "--top-p", "2")
+        assert (wrong.code, "--top-p" in wrong.err) == (2, True)
+
+
 def test_a_seed_repeats_the_draw(gqsa: Gqsa, toy_artefact: Path) -> None:
     words = ("run", toy_artefact, "-p", "a", "--max-tokens", "16", "--temperature", "2")
     first, second, other = (gqsa(*words, "--seed", seed).out for seed in ("1", "1", "2"))

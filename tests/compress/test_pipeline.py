@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from gqsa_compiler.checkpoint import CheckpointReader, to_dense, validate
-from gqsa_compiler.compress import Recipe, compress_model
+from gqsa_compiler.compress import Recipe, compress_model, pipeline
 from gqsa_compiler.compress.block_oneshot import BlockState
 from gqsa_compiler.errors import ModelError, UsageError
 from gqsa_compiler.frontends.source import resolve
@@ -178,6 +178,47 @@ def test_bad_arguments_are_found_before_any_work(
         )
     assert steps == []
     assert not (tmp_path / "out").exists()
+
+
+def drop_fields(model: Path, *names: str) -> Path:
+    """Leave fields out of config.json, so that the family's defaults hold."""
+    path = model / "config.json"
+    fields = {k: v for k, v in json.loads(path.read_text()).items() if k not in names}
+    path.write_text(json.dumps(fields))
+    return model
+
+
+def test_length_is_checked_where_the_configuration_leaves_it_out(tmp_path: Path) -> None:
+    dense = make_tiny("llama", tmp_path / "dense", num_hidden_layers=1)
+    drop_fields(dense, "max_position_embeddings")
+    with pytest.raises(UsageError, match="takes at most 2048 tokens"):
+        compress_model(str(dense), tmp_path / "out", "w4s30g16", samples=1, sequence_length=2049)
+
+
+def test_family_defaults_count_in_compression(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Gemma's files may leave out that a text begins with token 2 and that the head is tied."""
+    from safetensors.torch import load_file, save_file
+
+    dense = make_tiny("gemma3", tmp_path / "dense", num_hidden_layers=1,
+                      layer_types=["full_attention"])  # fmt: skip
+    drop_fields(dense, "bos_token_id", "tie_word_embeddings")
+    tensors = load_file(dense / "model.safetensors")
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
+    save_file(tensors, dense / "model.safetensors", {"format": "pt"})
+    starts: list[Any] = []
+
+    def sample(model: Any, bos: Any, samples: int, length: int, *_: Any) -> torch.Tensor:
+        starts.append(bos)
+        return torch.full((samples, length), 5)
+
+    monkeypatch.setattr(pipeline, "sample_text", sample)
+    compress_model(str(dense), tmp_path / "out", "w4s30g16", **QUICK)
+    assert starts == [2]
+    with CheckpointReader(tmp_path / "out") as reader:
+        assert "lm_head.weight" not in reader.tensor_names
+        assert reader.config["tie_word_embeddings"] is True
 
 
 def test_a_compressed_model_is_refused(llama: Path, tmp_path: Path) -> None:

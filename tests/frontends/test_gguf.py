@@ -45,7 +45,7 @@ def test_tensors_and_configuration_come_back(family: str, tmp_path: Path) -> Non
         assert getattr(mine, field) == getattr(theirs, field), field
     # The end of a turn (eot) is an end, too.
     assert mine.eos_token_ids == (0, 2)
-    imported = import_model(source, context_length=32, prefill_chunk=8, max_batch=1)
+    imported = import_model(source, context_length=32)
     assert imported.load("model.norm.weight").dtype == np.float32
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,7 @@ from safetensors.numpy import load_file, save_file
 
 from gqsa_compiler._tvm import relax, tvm
 from gqsa_compiler.errors import ModelError, UsageError
-from gqsa_compiler.frontends.hf import ImportedModel, import_model
+from gqsa_compiler.frontends.hf import DEFAULT_CONTEXT, ImportedModel, import_model
 from gqsa_compiler.frontends.source import resolve
 from tests.tiny_models import FAMILIES, VOCAB_SIZE, make_tiny
 
@@ -19,7 +20,7 @@ LAYERS = 2
 
 def load(directory: Path, context_length: int | None = 32) -> ImportedModel:
     source = resolve(str(directory))
-    return import_model(source, context_length=context_length, prefill_chunk=8, max_batch=16)
+    return import_model(source, context_length=context_length)
 
 
 @pytest.fixture(scope="module")
@@ -51,10 +52,8 @@ def test_module(family: str, tiny: dict[str, Path]) -> None:
             array = imported.load(parameter.name)
             assert tuple(int(size) for size in parameter.ty.shape) == array.shape
             assert parameter.ty.dtype == "float32"
-        assert {k: int(v) for k, v in function.attrs["tir_var_upper_bound"].items()} == {
-            "n": 16,
-            "m": 16,
-        }
+        assert [str(var) for var in function.attrs["tir_non_negative_var"]] == ["n", "m"]
+        assert "tir_var_upper_bound" not in function.attrs
     model = imported.model
     assert (model.num_layers, model.vocab_size, model.context_length) == (2, VOCAB_SIZE, 32)
     assert (model.bos_token_id, model.eos_token_ids) == (1, (2,))
@@ -114,11 +113,20 @@ def test_context_length(tiny: dict[str, Path]) -> None:
         load(tiny["llama"], 257)
     with pytest.raises(UsageError, match="context length must be at least 1, not 0"):
         load(tiny["llama"], 0)
-    source = resolve(str(tiny["llama"]))
-    with pytest.raises(UsageError, match="prefill chunk must be at least 1"):
-        import_model(source, context_length=8, prefill_chunk=0, max_batch=1)
-    with pytest.raises(UsageError, match="batch must be at least 1"):
-        import_model(source, context_length=8, prefill_chunk=1, max_batch=0)
+
+
+def test_default_context_is_limited_whatever_the_configuration_leaves_out(tmp_path: Path) -> None:
+    """Mistral's default of 131072 positions would be a rotary table of as many rows."""
+    directory = make_tiny("mistral", tmp_path / "m", num_hidden_layers=1)
+    config = json.loads((directory / "config.json").read_text())
+    for positions, want in ((None, DEFAULT_CONTEXT), (4096, DEFAULT_CONTEXT), (1024, 1024)):
+        fields = {k: v for k, v in config.items() if k != "max_position_embeddings"}
+        if positions is not None:
+            fields["max_position_embeddings"] = positions
+        (directory / "config.json").write_text(json.dumps(fields))
+        imported = load(directory, None)
+        assert imported.model.context_length == want
+        assert imported.load("rope.cos_sin").shape[0] == want
 
 
 def test_weights_that_do_not_fit(tmp_path: Path) -> None:

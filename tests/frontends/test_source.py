@@ -156,7 +156,7 @@ def test_checkpoint(tmp_path: Path) -> None:
     assert 0 < source.disk_bytes < dense.disk_bytes
     with pytest.raises(ModelError, match="has no tensor 'nope'"):
         source.tensor("nope")
-    imported = import_model(source, context_length=8, prefill_chunk=8, max_batch=1)
+    imported = import_model(source, context_length=8)
     assert set(imported.params) == {*dense.tensor_names(), "rope.cos_sin"}
     np.testing.assert_array_equal(imported.load(f"{name}.weight"), to_dense(layer))
     out = tmp_path / "out"

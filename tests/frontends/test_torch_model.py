@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ from gqsa_compiler.frontends.source import resolve
 from gqsa_compiler.frontends.torch_model import (
     load_checkpoint_dense,
     load_dense,
+    stored_dtype,
     to_numpy,
     to_torch,
 )
@@ -38,6 +40,23 @@ def test_dtype_is_the_stored_one_or_the_one_asked_for(tmp_path: Path) -> None:
     source = resolve(str(make_tiny("llama", tmp_path / "m", dtype="bfloat16")))
     assert load_dense(source)[0].dtype == torch.bfloat16
     assert load_dense(source, torch.float32)[0].dtype == torch.float32
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+def test_learning_the_dtype_reads_no_weights(dtype: str, tmp_path: Path) -> None:
+    source = resolve(str(make_tiny("llama", tmp_path / "m", dtype=dtype)))
+    with mock.patch.object(source, "tensor", side_effect=AssertionError("read")):
+        assert stored_dtype(source) == getattr(torch, dtype)
+
+
+def test_weights_without_an_embedding(tmp_path: Path) -> None:
+    source = resolve(str(make_tiny("llama", tmp_path / "m", num_hidden_layers=1)))
+    names = ("model.norm.weight",)
+    with (
+        mock.patch.object(source, "tensor_names", return_value=names),
+        pytest.raises(ModelError, match="has no embedding"),
+    ):
+        stored_dtype(source)
 
 
 def test_checkpoint_is_decoded_exactly(tmp_path: Path) -> None:

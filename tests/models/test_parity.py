@@ -27,7 +27,7 @@ LINEAR = {"rope_type": "linear", "factor": 3.0, "rope_theta": 10000.0}
 
 def load(directory: Path, context_length: int = 64) -> ImportedModel:
     source = resolve(str(directory))
-    return import_model(source, context_length=context_length, prefill_chunk=64, max_batch=1)
+    return import_model(source, context_length=context_length)
 
 
 def relative_error(got: np.ndarray, want: np.ndarray) -> float:

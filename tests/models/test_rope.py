@@ -125,9 +125,16 @@ def test_gemma_has_a_table_for_each_kind_of_layer() -> None:
         ({"rope_type": "linear", "factor": 0.5}, "factor 0.5; it must be at least 1"),
         ({"rope_type": "linear", "factor": 2.0, "beta_fast": 1}, "has 'beta_fast', which is not"),
         ({"rope_type": "default", "partial_rotary_factor": 0.5}, "only a part of each head"),
-        ({"rope_type": "llama3", "factor": 2.0}, "lacks 'low_freq_factor'"),
         (
-            {"rope_type": "llama3", "factor": 2.0, "low_freq_factor": 4, "high_freq_factor": 4},
+            {"rope_type": "llama3", "factor": 2.0, "original_max_position_embeddings": 128},
+            "lacks 'low_freq_factor'",
+        ),
+        (
+            {"rope_type": "llama3", "factor": 2.0, "low_freq_factor": 1, "high_freq_factor": 4},
+            "rope_scaling configuration lacks 'original_max_position_embeddings'",
+        ),
+        (
+            {**SCALINGS["llama3"], "low_freq_factor": 4, "high_freq_factor": 4},
             "not above low_freq_factor",
         ),
         ({"rope_type": "yarn", "factor": "big"}, "'factor' must be a number"),
@@ -137,3 +144,86 @@ def test_gemma_has_a_table_for_each_kind_of_layer() -> None:
 def test_bad_scaling_is_named(scaling: Any, message: str) -> None:
     with pytest.raises(ModelError, match=message):
         mine(rope_scaling=scaling)
+
+
+DISAGREE = "'rope_scaling' says something else than 'rope_parameters'"
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        (
+            {"rope_parameters": {"rope_type": "default"}, "rope_scaling": SCALINGS["linear"]},
+            DISAGREE,
+        ),
+        (
+            {"rope_parameters": SCALINGS["yarn"], "rope_scaling": {"type": "default"}},
+            DISAGREE,
+        ),
+        (
+            {"rope_parameters": {"rope_type": "default", "rope_theta": 5e5}, "rope_theta": 1e4},
+            "'rope_theta' = 10000.0 differs from the 500000.0 of 'rope_parameters'",
+        ),
+    ],
+)
+def test_two_spellings_that_disagree_are_an_error(fields: dict[str, Any], message: str) -> None:
+    with pytest.raises(ModelError, match=message):
+        mine(**fields)
+
+
+def test_two_spellings_that_agree_are_fine() -> None:
+    scaling = SCALINGS["linear"]
+    both = mine(
+        rope_theta=5e4,
+        rope_scaling=scaling,
+        rope_parameters={"rope_theta": 5e4, "partial_rotary_factor": 1.0, **scaling},
+    )
+    assert both == mine(rope_theta=5e4, rope_scaling=scaling)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        (
+            {
+                "rope_scaling": SCALINGS["linear"],
+                "rope_parameters": {"full_attention": {"rope_type": "default"}},
+            },
+            DISAGREE,
+        ),
+        (
+            {
+                "rope_local_base_freq": 2e4,
+                "rope_parameters": {
+                    "sliding_attention": {"rope_type": "default", "rope_theta": 1e4}
+                },
+            },
+            "'rope_local_base_freq' = 20000.0 differs from the 10000.0 of 'rope_parameters'",
+        ),
+        (
+            {"rope_scaling": None, "rope_parameters": {"full_attention": {"rope_type": "linear"}}},
+            "rope_parameters configuration lacks 'factor'",
+        ),
+        ({"rope_scaling": {"rope_type": "linear"}}, "rope_scaling configuration lacks 'factor'"),
+        (
+            {
+                "rope_scaling": SCALINGS["linear"],
+                "rope_parameters": {"full_attention": {"rope_type": "linear"}},
+            },
+            "rope_parameters configuration lacks 'factor'",
+        ),
+    ],
+)
+def test_gemma_blames_the_field_that_is_wrong(fields: dict[str, Any], message: str) -> None:
+    with pytest.raises(ModelError, match=message):
+        mine(model_type="gemma3_text", **fields)
+
+
+def test_gemma_in_two_spellings_that_agree() -> None:
+    scaling = {"rope_type": "linear", "factor": 8.0}
+    old: dict[str, Any] = {"rope_theta": 1e6, "rope_local_base_freq": 1e4, "rope_scaling": scaling}
+    new = {
+        "full_attention": {"rope_theta": 1e6, **scaling},
+        "sliding_attention": {"rope_theta": 1e4, "rope_type": "default"},
+    }
+    assert mine(model_type="gemma3_text", **old, rope_parameters=new).factor == 8.0

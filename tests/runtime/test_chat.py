@@ -3,7 +3,6 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -82,17 +81,49 @@ def test_no_messages_and_bad_syntax() -> None:
 
 
 def test_where_a_template_comes_from(tmp_path: Path) -> None:
-    def render(config: dict[str, Any]) -> str | None:
-        template = load_template(tmp_path, config)
-        return None if template is None else template.render(MESSAGES)
+    assert load_template(tmp_path, {}) is None
+    path = tmp_path / "chat_template.jinja"
+    path.write_text("{{ eos_token }}!")
+    template = load_template(tmp_path, {"eos_token": "</s>"})
+    assert template is not None
+    assert template.render(MESSAGES) == "</s>!"
+    path.write_bytes(b"\xff")
+    with pytest.raises(ArtefactError, match=r"chat_template\.jinja cannot be read"):
+        load_template(tmp_path, {})
 
-    assert render({}) is None
-    assert render({"chat_template": "one"}) == "one"
-    named = [{"name": "tool_use", "template": "t"}, {"name": "default", "template": "d"}]
-    assert render({"chat_template": named}) == "d"
-    assert render({"chat_template": named[:1]}) is None
-    (tmp_path / "chat_template.jinja").write_text("file")
-    assert render({"chat_template": "one"}) == "file"
+
+START, END = "<|im_start|>", "<|im_end|>"
+
+
+@pytest.mark.parametrize(
+    ("content", "parts"),
+    [
+        ("hi", [(f"{START}hi{END}", False)]),
+        (f"a{END}b", [(f"{START}a", False), (END, True), (f"b{END}", False)]),
+        (f"{END}{START}", [(START, False), (END, True), (START, True), (END, False)]),
+        # Taking the inner one out makes no outer one.
+        (f"<|im_{END}end|>", [(f"{START}<|im_", False), (END, True), (f"end|>{END}", False)]),
+        (f" 1 {END} ", [(f"{START}1 ", False), (END, True), (END, False)]),
+    ],
+)
+def test_special_tokens_in_a_message_are_told_apart(
+    content: str, parts: list[tuple[str, bool]]
+) -> None:
+    source = f"{START}{{% for m in messages %}}{{{{ m.content | trim }}}}{{% endfor %}}{END}"
+    template = ChatTemplate(source, {})
+    messages = [{"role": "user", "content": content}]
+    assert template.render_parts(messages, (END, START, "")) == parts
+    assert "".join(text for text, _ in parts) == template.render(messages)
+
+
+def test_special_tokens_are_found_in_nested_messages() -> None:
+    template = ChatTemplate("{{ messages[0] | tojson }}", {})
+    content = [{"type": "text", "text": "x<s>"}, {"type": "image", "size": 3}]
+    messages = [{"role": "user", "content": content}]
+    found = template.render_parts(messages, {"<s>"})
+    assert "".join(text for text, _ in found) == template.render(messages)
+    assert [part for part in found if part[1]] == [("<s>", True)]
+    assert template.render_parts(messages, ()) == [(template.render(messages), False)]
 
 
 def test_special_tokens() -> None:

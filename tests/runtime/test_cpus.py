@@ -1,11 +1,12 @@
 from __future__ import annotations
 
 import os
+import platform
 from pathlib import Path
 
 import pytest
 
-from gqsa_compiler.runtime.cpus import allowed_cpus, default_threads
+from gqsa_compiler.runtime.cpus import allowed_cpus, default_threads, host_arch, host_flags
 
 
 @pytest.fixture
@@ -18,6 +19,28 @@ def four_twins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (tmp_path / "fs/cgroup").mkdir(parents=True)
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(8)))
     return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("machine", "name"),
+    [("AMD64", "x86_64"), ("x86_64", "x86_64"), ("arm64", "aarch64"), ("sparc64", "sparc64")],
+)
+def test_architectures_have_linux_names(
+    machine: str, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(platform, "machine", lambda: machine)
+    assert host_arch() == name
+
+
+def test_flags_are_the_first_processor_s(tmp_path: Path) -> None:
+    path = tmp_path / "cpuinfo"
+    assert host_flags(path) == frozenset()
+    path.write_text("processor\t: 0\nflags\t\t: avx2 fma\n\nprocessor\t: 1\nflags\t\t: sse\n")
+    assert host_flags(path) == {"avx2", "fma"}
+    path.write_text("Features\t: asimd asimddp\n")
+    assert host_flags(path) == {"asimd", "asimddp"}
+    path.write_text("model name : x\n")
+    assert host_flags(path) == frozenset()
 
 
 def test_one_thread_a_core(four_twins: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -83,11 +83,11 @@ def test_post_releases_and_older_ffi_patches_are_the_same(copy: Path) -> None:
 
 def test_bundle_comes_first(copy: Path) -> None:
     manifest = Manifest.read(copy)
-    (copy / "lib").mkdir()
-    (copy / "lib" / "libtvm_runtime.so").touch()
+    (copy / library.BUNDLE).mkdir()
+    (copy / library.BUNDLE / library.RUNTIME_LIBRARIES[0]).touch()
     with pytest.raises(ArtefactError, match=r"incomplete: there is no .*runtime_extra\.so"):
         library.find_runtime(copy, manifest)
-    (copy / "lib" / "libtvm_runtime_extra.so").touch()
+    (copy / library.BUNDLE / library.RUNTIME_LIBRARIES[1]).touch()
     assert {p.parent for p in library.find_runtime(copy, manifest)} == {copy / "lib"}
 
 
@@ -104,7 +104,7 @@ def test_code_that_is_no_library(copy: Path) -> None:
     path = copy / "model.so"
     path.write_bytes(b"not ELF")
     with pytest.raises(ArtefactError, match=r"model\.so cannot be loaded"):
-        library.load_executable([], path)
+        library.load_executable([], path, version("apache-tvm"))
 
 
 def test_library_without_the_functions(copy: Path) -> None:
@@ -114,6 +114,49 @@ def test_library_without_the_functions(copy: Path) -> None:
     edit_manifest(copy, lambda m: m["library"].update(sha256=digest))
     with pytest.raises(ArtefactError, match="library is not a compiled model: Module has no"):
         load(copy)
+
+
+def bundle_another_release(directory: Path) -> None:
+    """Make an artefact of TVM 0.26, with a bundle; its libraries must not even be opened."""
+    edit_manifest(directory, lambda m: m["versions"].update(tvm="0.26.1"))
+    (directory / library.BUNDLE).mkdir()
+    for name in library.RUNTIME_LIBRARIES:
+        (directory / library.BUNDLE / name).touch()
+
+
+def test_a_bundle_of_another_release_than_the_imported_tvm(copy: Path) -> None:
+    """The tests have imported tvm: the bundle's runtime can no longer be loaded."""
+    bundle_another_release(copy)
+    words = r"compiled with apache-tvm 0\.26\.1 and this process has loaded the TVM runtime 0\.27"
+    with pytest.raises(ArtefactError, match=words):
+        load(copy)
+
+
+def test_a_runtime_whose_version_nobody_knows(
+    artefact: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delitem(sys.modules, "tvm")
+    with pytest.raises(ArtefactError, match="TVM runtime of unknown version already"):
+        library.load_executable([], artefact / "model.so", version("apache-tvm"))
+
+
+def test_artefacts_of_one_process_share_a_release(artefact: Path, copy: Path) -> None:
+    """Without `import tvm`: the first artefact's runtime serves the second or refuses it."""
+    bundle_another_release(copy)
+    code = (
+        "from gqsa_compiler import runtime\n"
+        f"for path in ({str(artefact)!r}, {str(artefact)!r}, {str(copy)!r}):\n"
+        "    try:\n"
+        "        print(runtime.load(path, threads=1).generate('the', max_tokens=2).prompt_tokens)\n"
+        "    except runtime.ArtefactError as error:\n"
+        "        print(error)\n"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    )
+    first, second, third = result.stdout.splitlines()
+    assert first == second == "1"
+    assert "0.26.1 and this process has loaded the TVM runtime 0.27" in third
 
 
 def test_loading_imports_no_compiler(artefact: Path) -> None:

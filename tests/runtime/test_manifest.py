@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from gqsa_compiler.runtime.errors import ArtefactError
-from gqsa_compiler.runtime.manifest import Manifest
+from gqsa_compiler.runtime.manifest import Manifest, is_artefact
 from tests.runtime.toy import edit_manifest
 
 Change = Callable[[dict[str, Any]], Any]
@@ -37,6 +37,8 @@ def test_round_trip(artefact: Path, tmp_path: Path) -> None:
         (lambda m: m["model"].update(vocab_size="9"), "model.vocab_size should be int"),
         (lambda m: m["model"].update(vocab_size=True), "model.vocab_size should be int"),
         (lambda m: m["model"].update(prefill_chunk=0), "prefill_chunk is 0 and must be positive"),
+        (lambda m: m["model"].update(prefill_chunk=2), "max_batch is 3 and must be at most"),
+        (lambda m: m["kernels"][0].update(m="1-8"), r"unknown key kernels\[0\]\.m"),
         (lambda m: m["parameters"][0].update(shape=[1, "x"]), r"parameters\[0\].shape\[1\]"),
         (lambda m: m["parameters"].append(m["parameters"][0]), "lists a parameter twice"),
         (lambda m: m.update(parameters={}), "parameters should be a list"),
@@ -55,6 +57,12 @@ def test_what_is_no_manifest_is_refused(tmp_path: Path, text: str) -> None:
     (tmp_path / "manifest.json").write_text(text)
     with pytest.raises(ArtefactError, match=r"manifest\.json"):
         Manifest.read(tmp_path)
+
+
+def test_what_is_an_artefact(artefact: Path, tmp_path: Path) -> None:
+    assert is_artefact(artefact)
+    assert not is_artefact(tmp_path)
+    assert not is_artefact(tmp_path / "nothing")
 
 
 def test_missing_directory_and_missing_manifest(tmp_path: Path) -> None:

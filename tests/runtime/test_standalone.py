@@ -65,9 +65,9 @@ def environment(tmp_path: Path) -> Path:
 
 
 def test_bundle_runs_with_five_dependencies(copy: Path, environment: Path) -> None:
-    (copy / "lib").mkdir()
+    (copy / library.BUNDLE).mkdir()
     for path in library.find_runtime(copy.parent / "none", Manifest.read(copy)):
-        shutil.copy(path, copy / "lib")
+        shutil.copy(path, copy / library.BUNDLE)
     result = subprocess.run(
         [str(environment), "-I", "-c", SCRIPT, str(copy)], capture_output=True, text=True
     )

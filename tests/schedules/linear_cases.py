@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import pytest
 
 from gqsa_compiler._tvm import Target, tvm
 from gqsa_compiler.checkpoint import BSRLayer
@@ -15,7 +17,7 @@ from gqsa_compiler.schedules import reference
 from gqsa_compiler.schedules.generic.config import GenericConfig
 from gqsa_compiler.schedules.rule import KernelConfig, ScheduleRule
 from gqsa_compiler.schedules.spec import LinearSpec
-from gqsa_compiler.schedules.table import select
+from gqsa_compiler.schedules.table import rules_for
 from gqsa_compiler.targets import TargetSpec, parse_target
 
 Array = npt.NDArray[Any]
@@ -63,10 +65,19 @@ def random_keep(
 def spec_of(layer: BSRLayer, **fields: Any) -> LinearSpec:
     """Describe `layer` as a kernel's spec."""
     n, k = layer.shape
-    most = int(np.diff(layer.indptr).max(initial=0))
     return LinearSpec(
-        n, k, "bsr_int4", "int4", layer.group_size, layer.nnz, most, layer.symmetric, **fields
+        n, k, "bsr_int4", "int4", layer.group_size, layer.nnz, layer.symmetric, **fields
     )
+
+
+def rules_that_run(specs: Iterable[LinearSpec]) -> list[Any]:
+    """List this machine's rules that run any of `specs`, as pytest parameters."""
+    specs = list(specs)
+    return [
+        pytest.param(rule, id=rule.name)
+        for rule in rules_for(HOST)
+        if any(rule.applies(spec, HOST) for spec in specs)
+    ]
 
 
 def compile_kernel(
@@ -84,10 +95,8 @@ def _shared(
     return compile_kernel(code, rule, config, target)
 
 
-_RULES: dict[str, ScheduleRule[Any]] = {}
-
-
 def run(
+    rule: ScheduleRule[Any],
     spec: LinearSpec,
     parts: list[Any],
     x: Array,
@@ -95,16 +104,18 @@ def run(
     tiles: tuple[int, ...] | None = None,
     target: TargetSpec = HOST,
 ) -> Array:
-    """Pack `parts`, run the kernel (built for `target`) on this machine, return its output.
+    """Pack `parts`, run the rule's kernel (built for `target`) here, return its output.
 
-    Kernels are compiled once for every `ScheduleRule.code_key`. Fewer `tiles` than the default
-    compile several times faster.
+    A layer that the rule does not run skips the test. Kernels are compiled once for every
+    `ScheduleRule.code_key`. Fewer `tiles` than the default compile several times faster; they
+    mean something to the generic kernels only.
     """
+    if not rule.applies(spec, target):
+        pytest.skip(f"{rule.name} does not run this layer")
     operands = operands or {}
-    rule, config = select(spec, target)
-    if tiles is not None:
-        config = replace(cast(GenericConfig, config), tiles=tiles)
-    rule = _RULES.setdefault(rule.name, rule)
+    config = rule.space(spec, target)[0]
+    if tiles is not None and isinstance(config, GenericConfig):
+        config = replace(config, tiles=tiles)
     executable = _shared(rule.code_key(spec), rule, config, target)
     packed = rule.pack(spec, config, parts)
     args = [x]
@@ -177,6 +188,7 @@ def expected(
 
 
 def check(
+    rule: ScheduleRule[Any],
     spec: LinearSpec,
     layers: list[BSRLayer],
     x: Array,
@@ -184,11 +196,11 @@ def check(
     tiles: tuple[int, ...] | None = None,
     target: TargetSpec = HOST,
 ) -> None:
-    """Run a sparse kernel and compare it with the reference."""
+    """Run a rule's kernel on sparse layers and compare it with the reference."""
     weight = np.concatenate([reference.decode(layer) for layer in layers])
     magnitude = np.concatenate([_magnitude(layer) for layer in layers])
     operands = random_operands(spec, len(x), rng)
-    got = run(spec, layers, x, operands, tiles, target)
+    got = run(rule, spec, layers, x, operands, tiles, target)
     assert_within(got, expected(spec, weight, magnitude, x, operands))
 
 

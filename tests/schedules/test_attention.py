@@ -18,11 +18,10 @@ from gqsa_compiler.schedules.generic.attention_common import (
     AttentionShape,
     exp2,
     tile_buffers,
-    vec,
-    vector_lanes,
 )
 from gqsa_compiler.schedules.generic.attention_decode import attention_decode
 from gqsa_compiler.schedules.generic.attention_prefill import attention_prefill
+from gqsa_compiler.schedules.generic.emit import span, vector_lanes
 from gqsa_compiler.schedules.generic.kv_cache import compact_copy, copy_page, merge_states
 from gqsa_compiler.targets import parse_target
 
@@ -228,7 +227,7 @@ def test_exp2_is_exact_to_two_parts_in_ten_million(lanes: int) -> None:
         x = T.match_buffer(x_h, (n,), "float32")
         y = T.match_buffer(y_h, (n,), "float32")
         for i in T.serial(n // lanes):
-            y[vec(i * lanes, lanes)] = exp2(x[vec(i * lanes, lanes)], lanes)
+            y[span(i * lanes, lanes)] = exp2(x[span(i * lanes, lanes)], lanes)
 
     module = tvm.IRModule({"main": function.with_attr("global_symbol", "main")})
     run = tvm.compile(module, Target(parse_target("cpu").tvm_dict()))["main"]

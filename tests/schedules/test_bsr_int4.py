@@ -1,4 +1,4 @@
-"""The generic BSR-INT4 kernel against the numpy reference."""
+"""Every rule that runs BSR-INT4 layers against the numpy reference."""
 
 from __future__ import annotations
 
@@ -11,9 +11,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gqsa_compiler._tvm import tvm
-from gqsa_compiler.schedules.spec import Epilogue
+from gqsa_compiler.schedules.rule import ScheduleRule
+from gqsa_compiler.schedules.spec import Epilogue, LinearSpec
 from gqsa_compiler.targets import parse_target
-from tests.schedules.linear_cases import HOST, check, random_keep, random_layer, spec_of
+from tests.schedules.linear_cases import (
+    HOST,
+    check,
+    random_keep,
+    random_layer,
+    rules_that_run,
+    spec_of,
+)
 
 GATED = Epilogue(activation="silu", gated=True)
 
@@ -42,6 +50,13 @@ CASES: dict[str, tuple[int, int, int, dict[str, Any]]] = {
     "relu_bias": (8, 4, 16, {"epilogue": Epilogue(bias=True, activation="relu")}),
     "one_row": (1, 1, 16, {"epilogue": Epilogue(residual=True)}),
 }
+pytestmark = pytest.mark.parametrize(
+    "rule",
+    rules_that_run(
+        LinearSpec(n, groups * size, "bsr_int4", "int4", size, 1, **fields)
+        for n, groups, size, fields in CASES.values()
+    ),
+)
 ALL_TILES = ("plain", "plain_int8", "gated_all")
 FEW_TILES = (2, 4)
 TOKENS = st.sampled_from([1, 2, 3, 4, 5, 8, 9, 12, 13, 16, 17, 24, 25, 31, 33, 64, 65])
@@ -54,7 +69,9 @@ TOKENS = st.sampled_from([1, 2, 3, 4, 5, 8, 9, 12, 13, 16, 17, 24, 25, 31, 33, 6
     seed=st.integers(0, 2**32 - 1),
     density=st.sampled_from([0.0, 0.05, 0.5, 0.7, 0.95]),
 )
-def test_matches_the_reference(case: str, m: int, seed: int, density: float) -> None:
+def test_matches_the_reference(
+    rule: ScheduleRule[Any], case: str, m: int, seed: int, density: float
+) -> None:
     n, groups, size, fields = CASES[case]
     rng = np.random.default_rng(seed)
     keep = random_keep((n, groups), rng, density)
@@ -62,7 +79,7 @@ def test_matches_the_reference(case: str, m: int, seed: int, density: float) -> 
     layer = random_layer(keep, size, rng)
     x = rng.standard_normal((m, layer.shape[1])).astype(np.float32)
     tiles = None if case in ALL_TILES else FEW_TILES
-    check(spec_of(layer, **fields), [layer], x, rng, tiles)
+    check(rule, spec_of(layer, **fields), [layer], x, rng, tiles)
 
 
 @settings(max_examples=4, deadline=None)
@@ -74,47 +91,55 @@ def test_matches_the_reference(case: str, m: int, seed: int, density: float) -> 
     symmetric=st.booleans(),
     seed=st.integers(0, 2**32 - 1),
 )
-def test_any_shape(n: int, groups: int, size: int, m: int, symmetric: bool, seed: int) -> None:
+def test_any_shape(
+    rule: ScheduleRule[Any], n: int, groups: int, size: int, m: int, symmetric: bool, seed: int
+) -> None:
     rng = np.random.default_rng(seed)
     layer = random_layer(random_keep((n, groups), rng, 0.6), size, rng, symmetric=symmetric)
     x = rng.standard_normal((m, layer.shape[1])).astype(np.float32)
-    check(spec_of(layer), [layer], x, rng, (8,))
+    check(rule, spec_of(layer), [layer], x, rng, (8,))
 
 
 @pytest.mark.parametrize("activation_dtype", ["float32", "int8"])
 @pytest.mark.parametrize("symmetric", [False, True])
 @pytest.mark.parametrize("m", [1, 7, 20])
-def test_all_groups_kept(activation_dtype: str, symmetric: bool, m: int) -> None:
+def test_all_groups_kept(
+    rule: ScheduleRule[Any], activation_dtype: str, symmetric: bool, m: int
+) -> None:
     rng = np.random.default_rng(m)
     layer = random_layer(np.ones((10, 18), bool), 16, rng, symmetric=symmetric)
     x = rng.standard_normal((m, 288)).astype(np.float32)
-    check(spec_of(layer, activation_dtype=activation_dtype), [layer], x, rng, FEW_TILES)
+    check(rule, spec_of(layer, activation_dtype=activation_dtype), [layer], x, rng, FEW_TILES)
 
 
 @pytest.mark.parametrize("activation_dtype", ["float32", "int8"])
 @pytest.mark.parametrize("scales", [(6e-8, 1e-6), (1e4, 6e4), (6e-8, 6e4)])
-def test_extreme_scales(activation_dtype: str, scales: tuple[float, float]) -> None:
+def test_extreme_scales(
+    rule: ScheduleRule[Any], activation_dtype: str, scales: tuple[float, float]
+) -> None:
     rng = np.random.default_rng(0)
     keep = random_keep((37, 13), rng, 0.5)
     layer = random_layer(keep, 16, rng, scales=scales)
     for m in (1, 6):
         x = (rng.standard_normal((m, 208)) * 10.0 ** rng.integers(-6, 6, 208)).astype(np.float32)
-        check(spec_of(layer, activation_dtype=activation_dtype), [layer], x, rng)
+        check(rule, spec_of(layer, activation_dtype=activation_dtype), [layer], x, rng)
 
 
 @pytest.mark.parametrize("activation_dtype", ["float32", "int8"])
-def test_a_single_group_in_all_and_zero_activations(activation_dtype: str) -> None:
+def test_a_single_group_in_all_and_zero_activations(
+    rule: ScheduleRule[Any], activation_dtype: str
+) -> None:
     rng = np.random.default_rng(0)
     keep = np.zeros((37, 13), bool)
     keep[20, 12] = True
     layer = random_layer(keep, 16, rng)
     x = np.zeros((3, 208), np.float32)
     x[1, -1] = 3.0
-    check(spec_of(layer, activation_dtype=activation_dtype), [layer], x, rng)
+    check(rule, spec_of(layer, activation_dtype=activation_dtype), [layer], x, rng)
 
 
 @pytest.mark.parametrize("m", [1, 10])
-def test_folded_layers_one_of_them_symmetric(m: int) -> None:
+def test_folded_layers_one_of_them_symmetric(rule: ScheduleRule[Any], m: int) -> None:
     rng = np.random.default_rng(5)
     parts = [
         random_layer(random_keep((16, 4), rng, 0.5), 16, rng, symmetric=symmetric)
@@ -124,21 +149,23 @@ def test_folded_layers_one_of_them_symmetric(m: int) -> None:
     nnz = sum(p.nnz for p in parts)
     spec = type(spec_of(parts[0]))(**{**fields, "n": 32, "nnz": nnz, "symmetric": False})
     x = rng.standard_normal((m, 64)).astype(np.float32)
-    check(spec, parts, x, rng, FEW_TILES)
+    check(rule, spec, parts, x, rng, FEW_TILES)
 
 
 @pytest.mark.parametrize("symmetric", [False, True])
-def test_an_index_beyond_16_bits_with_its_zero_point(symmetric: bool) -> None:
+def test_an_index_beyond_16_bits_with_its_zero_point(
+    rule: ScheduleRule[Any], symmetric: bool
+) -> None:
     rng = np.random.default_rng(1)
     keep = rng.random((2, 5000)) < 0.3
     keep[:, 4999] = True
     layer = random_layer(keep, 8, rng, symmetric=symmetric)
     x = rng.standard_normal((1, 40000)).astype(np.float32)
-    check(spec_of(layer), [layer], x, rng, FEW_TILES)
+    check(rule, spec_of(layer), [layer], x, rng, FEW_TILES)
 
 
 @pytest.mark.parametrize("threads", [1, 2, 3])
-def test_any_number_of_threads(threads: int) -> None:
+def test_any_number_of_threads(rule: ScheduleRule[Any], threads: int) -> None:
     rng = np.random.default_rng(2)
     layer = random_layer(random_keep((37, 13), rng, 0.5), 16, rng)
     configure = tvm.get_global_func("runtime.config_threadpool")
@@ -146,7 +173,7 @@ def test_any_number_of_threads(threads: int) -> None:
     try:
         for m in (1, 30):
             x = rng.standard_normal((m, 208)).astype(np.float32)
-            check(spec_of(layer), [layer], x, rng)
+            check(rule, spec_of(layer), [layer], x, rng)
     finally:
         configure(1, 0)
 
@@ -154,7 +181,9 @@ def test_any_number_of_threads(threads: int) -> None:
 @pytest.mark.skipif(HOST.arch != "x86_64", reason="this machine cannot run x86 code")
 @pytest.mark.parametrize("activation_dtype", ["float32", "int8"])
 @pytest.mark.parametrize(("lanes", "size"), [(4, 16), (4, 8), (8, 16), (8, 32)])
-def test_layouts_of_narrower_vectors(activation_dtype: str, lanes: int, size: int) -> None:
+def test_layouts_of_narrower_vectors(
+    rule: ScheduleRule[Any], activation_dtype: str, lanes: int, size: int
+) -> None:
     target = parse_target("x86-64-v3")
     if lanes == 4:  # NEON's layout, on a CPU without float16 conversion
         target = replace(target, cpu="x86-64-v2", features=())
@@ -166,4 +195,4 @@ def test_layouts_of_narrower_vectors(activation_dtype: str, lanes: int, size: in
     spec = spec_of(layer, activation_dtype=activation_dtype)
     for m in (1, 6):
         x = rng.standard_normal((m, spec.k)).astype(np.float32)
-        check(spec, [layer], x, rng, FEW_TILES, target)
+        check(rule, spec, [layer], x, rng, FEW_TILES, target)

@@ -18,7 +18,7 @@ from gqsa_compiler.targets import TargetSpec, parse_target
 from tests.schedules.linear_cases import HOST, compile_kernel, random_layer, spec_of
 
 FULL = Epilogue(bias=True, activation="silu", gated=True, residual=True)
-SPARSE = LinearSpec(64, 512, "bsr_int4", "int4", 16, 700, 32, norm_eps=1e-5, epilogue=FULL)
+SPARSE = LinearSpec(64, 512, "bsr_int4", "int4", 16, 700, norm_eps=1e-5, epilogue=FULL)
 DENSE = LinearSpec(64, 500, "dense", "float16", norm_eps=1e-5, epilogue=FULL)
 BASELINE = replace(
     parse_target("x86-64-v3"), name="old", cpu="x86-64-v2", features=()

@@ -1,4 +1,4 @@
-"""The generic dense kernel against the numpy reference."""
+"""Every rule that runs dense layers against the numpy reference."""
 
 from __future__ import annotations
 
@@ -12,9 +12,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gqsa_compiler.errors import CompileError
+from gqsa_compiler.schedules.rule import ScheduleRule
 from gqsa_compiler.schedules.spec import Epilogue, LinearSpec
 from gqsa_compiler.schedules.table import select
-from tests.schedules.linear_cases import HOST, assert_within, expected, random_operands, run
+from tests.schedules.linear_cases import (
+    HOST,
+    assert_within,
+    expected,
+    random_operands,
+    rules_that_run,
+    run,
+)
 
 DTYPES = {
     "float16": np.dtype(np.float16),
@@ -23,13 +31,13 @@ DTYPES = {
 }
 
 
-def check(spec: LinearSpec, m: int, rng: np.random.Generator) -> None:
+def check(rule: ScheduleRule[Any], spec: LinearSpec, m: int, rng: np.random.Generator) -> None:
     weight: npt.NDArray[Any] = rng.standard_normal((spec.n, spec.k)).astype(
         DTYPES[spec.weight_dtype]
     )
     x = rng.standard_normal((m, spec.k)).astype(np.float32)
     operands = random_operands(spec, m, rng)
-    got = run(spec, [weight], x, operands)
+    got = run(rule, spec, [weight], x, operands)
     dense = weight.astype(np.float64)
     assert_within(got, expected(spec, dense, np.abs(dense), x, operands))
 
@@ -53,13 +61,18 @@ CASES = {
 }
 
 
+every_rule = pytest.mark.parametrize("rule", rules_that_run(CASES.values()))
+
+
+@every_rule
 @pytest.mark.parametrize("case", CASES)
 @settings(max_examples=6, deadline=None)
 @given(m=st.sampled_from([1, 2, 3, 4, 5, 7, 8, 63, 64, 65, 130]), seed=st.integers(0, 2**32 - 1))
-def test_matches_the_reference(case: str, m: int, seed: int) -> None:
-    check(CASES[case], m, np.random.default_rng(seed))
+def test_matches_the_reference(rule: ScheduleRule[Any], case: str, m: int, seed: int) -> None:
+    check(rule, CASES[case], m, np.random.default_rng(seed))
 
 
+@every_rule
 @settings(max_examples=4, deadline=None)
 @given(
     n=st.integers(1, 100),
@@ -68,16 +81,17 @@ def test_matches_the_reference(case: str, m: int, seed: int) -> None:
     dtype=st.sampled_from(sorted(DTYPES)),
     seed=st.integers(0, 2**32 - 1),
 )
-def test_any_shape(n: int, k: int, m: int, dtype: str, seed: int) -> None:
-    check(LinearSpec(n, k, "dense", dtype), m, np.random.default_rng(seed))
+def test_any_shape(rule: ScheduleRule[Any], n: int, k: int, m: int, dtype: str, seed: int) -> None:
+    check(rule, LinearSpec(n, k, "dense", dtype), m, np.random.default_rng(seed))
 
 
-def test_every_finite_half_is_converted_exactly() -> None:
+@every_rule
+def test_every_finite_half_is_converted_exactly(rule: ScheduleRule[Any]) -> None:
     bits = np.arange(65536, dtype=np.uint16)
     halves = bits.view(np.float16)
     finite = halves[np.isfinite(halves)]
     spec = LinearSpec(len(finite), 1, "dense", "float16")
-    got = run(spec, [finite.reshape(-1, 1)], np.ones((1, 1), np.float32))
+    got = run(rule, spec, [finite.reshape(-1, 1)], np.ones((1, 1), np.float32))
     np.testing.assert_array_equal(got[0], finite.astype(np.float32))
 
 

@@ -65,7 +65,7 @@ def test_a_group_of_16_takes_96_bits() -> None:
 def test_index_and_zero_share_the_smallest_integer(
     groups: int, symmetric: bool, full: bool, expected: str | None
 ) -> None:
-    spec = LinearSpec(2, 8 * groups, "bsr_int4", "int4", 8, 2 * groups if full else 1, 0, symmetric)
+    spec = LinearSpec(2, 8 * groups, "bsr_int4", "int4", 8, 2 * groups if full else 1, symmetric)
     layout = BsrLayout.of(spec, CONFIG)
     assert layout.meta == expected
     names = [p.name for p in layout.params(spec, CONFIG)]

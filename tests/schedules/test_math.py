@@ -23,7 +23,7 @@ POINTS = np.concatenate(
         [0.0, -0.0, 100.0, -100.0, 1e30, -1e30, 3e38, -3e38],
     ]
 ).astype(np.float32)
-FUNCTIONS = ("exp", "sigmoid", "tanh", "erf", "silu", "gelu", "gelu_tanh", "relu")
+FUNCTIONS = ("exp", "erf", "silu", "gelu", "gelu_tanh", "relu")
 
 
 @pytest.fixture(scope="module", params=[1, 8])
@@ -50,13 +50,8 @@ def test_exp(results: dict[str, Array]) -> None:
     np.testing.assert_allclose(results["exp"], exact, rtol=3e-7)
 
 
-def test_sigmoid_tanh_and_erf(results: dict[str, Array]) -> None:
-    x = POINTS.astype(np.float64)
-    with np.errstate(over="ignore"):
-        exact = 1 / (1 + np.exp(-x))
-    np.testing.assert_allclose(results["sigmoid"], exact, atol=2e-7)
-    np.testing.assert_allclose(results["tanh"], np.tanh(x), atol=3e-7)
-    erf = np.vectorize(std_math.erf)(x)
+def test_erf(results: dict[str, Array]) -> None:
+    erf = np.vectorize(std_math.erf)(POINTS.astype(np.float64))
     np.testing.assert_allclose(results["erf"], erf, atol=5e-7)
 
 
