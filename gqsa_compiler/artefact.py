@@ -10,20 +10,25 @@ from importlib import util
 from pathlib import Path
 from typing import Any, Protocol
 
-import ml_dtypes
 import numpy as np
 import numpy.typing as npt
 
 from gqsa_compiler._tvm import relax, tvm
 from gqsa_compiler.checkpoint import BSRLayer
 from gqsa_compiler.errors import CompileError
-from gqsa_compiler.passes.plan import BiasTensor, Kernel, PackedTensor, PackPlan, RawTensor
+from gqsa_compiler.passes.plan import (
+    BiasTensor,
+    Kernel,
+    PackedTensor,
+    PackPlan,
+    RawTensor,
+    np_dtype,
+)
+from gqsa_compiler.runtime.library import BUNDLE, RUNTIME_LIBRARIES
 from gqsa_compiler.targets import TargetSpec, host_arch
 
 LIBRARY = "model.so"
 PARAMETERS = "params.safetensors"
-BUNDLE = "lib"
-RUNTIME_LIBRARIES = ("libtvm_runtime.so", "libtvm_runtime_extra.so")
 
 Array = npt.NDArray[Any]
 
@@ -78,11 +83,6 @@ def _dense(weights: WeightLoader, name: str, dtype: str) -> Array:
     if not np.all(np.isfinite(array.astype(np.float32, copy=False))):
         raise CompileError(f"Parameter {name} holds values that are not finite numbers in {dtype}.")
     return array
-
-
-def np_dtype(name: str) -> np.dtype[Any]:
-    """Return the numpy dtype of a TVM dtype name."""
-    return np.dtype(ml_dtypes.bfloat16) if name == "bfloat16" else np.dtype(name)
 
 
 def export_library(mod: tvm.IRModule, target: TargetSpec, directory: Path) -> str:
@@ -171,6 +171,5 @@ __all__ = [
     "WeightLoader",
     "bundle_libraries",
     "export_library",
-    "np_dtype",
     "packed_tensors",
 ]

@@ -6,7 +6,7 @@ import json
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib import metadata
@@ -25,6 +25,7 @@ from gqsa_compiler.passes.memory import workspace_bytes
 from gqsa_compiler.passes.pipeline import PipelineOptions, run
 from gqsa_compiler.passes.plan import PackPlan
 from gqsa_compiler.passes.records import ParamRecord
+from gqsa_compiler.progress import Progress
 from gqsa_compiler.report import CompileReport
 from gqsa_compiler.runtime import manifest as manifests
 from gqsa_compiler.runtime.params import write_params
@@ -35,8 +36,6 @@ if TYPE_CHECKING:
     import numpy.typing as npt
 
     from gqsa_compiler.schedules.spec import ActivationDtype
-
-Progress = Callable[[str, int, int], None]
 
 DENSE_RECIPE = "dense"
 

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from gqsa_compiler.artefact import np_dtype
-from gqsa_compiler.passes.plan import BiasTensor, Kernel, PackedTensor, PackPlan, RawTensor, Tensor
+from gqsa_compiler.passes.plan import (
+    BiasTensor,
+    Kernel,
+    PackedTensor,
+    PackPlan,
+    RawTensor,
+    tensor_bytes,
+)
 from gqsa_compiler.runtime.manifest import Kernel as KernelInfo
 
 
@@ -65,11 +70,6 @@ class CompileReport:
     def to_dict(self) -> dict[str, Any]:
         """Return plain dictionaries and lists, as `report.json` has them."""
         return asdict(self)
-
-
-def tensor_bytes(tensor: Tensor) -> int:
-    """Bytes of one tensor of the plan."""
-    return math.prod(tensor.shape) * np_dtype(tensor.dtype).itemsize
 
 
 def kernel_bytes(plan: PackPlan, kernel: Kernel) -> int:

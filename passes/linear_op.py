@@ -60,7 +60,7 @@ class LinearCall:
             self.x,
             relax.Tuple(list(self.weights)),
             *operands,
-            ty_args=relax.TensorType((rows, self.spec.n_out), self.spec.out_dtype),
+            ty_args=relax.TensorType((rows, self.spec.n_out), "float32"),
         )
 
     def with_epilogue(self, **changes: object) -> LinearSpec:

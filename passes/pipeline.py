@@ -76,9 +76,7 @@ def phases(
             [
                 SelectKernels(options.target, plan),  # rule, configuration, packed parameters
                 SelectNorms(),  # norms that nothing absorbed
-                AttachKVCache(
-                    options.kv_cache, options.target
-                ),  # with this target's attention
+                AttachKVCache(options.kv_cache, options.target),  # with this target's attention
             ],
         ),
         (

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Any
+
+import ml_dtypes
+import numpy as np
 
 from gqsa_compiler.passes.records import ParamRecord
 from gqsa_compiler.schedules.rule import KernelConfig, ScheduleRule
@@ -113,6 +117,16 @@ class PackPlan:
             self._index[tensor.name] = len(self.tensors)
             self.tensors.append(tensor)
         return self._index[tensor.name]
+
+
+def np_dtype(name: str) -> np.dtype[Any]:
+    """Return the numpy dtype of a TVM dtype name."""
+    return np.dtype(ml_dtypes.bfloat16) if name == "bfloat16" else np.dtype(name)
+
+
+def tensor_bytes(tensor: Tensor) -> int:
+    """Bytes of one tensor of the plan."""
+    return math.prod(tensor.shape) * np_dtype(tensor.dtype).itemsize
 
 
 def folded_name(layers: list[str]) -> str:

@@ -83,11 +83,6 @@ class LinearSpec:
     epilogue: Epilogue = field(default_factory=Epilogue)
 
     @property
-    def out_dtype(self) -> str:
-        """Dtype of the output."""
-        return "float32"
-
-    @property
     def n_out(self) -> int:
         """Output features after gating."""
         return self.n // 2 if self.epilogue.gated else self.n

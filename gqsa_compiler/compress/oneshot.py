@@ -94,14 +94,15 @@ def compress_rows(
     blocks = torch.linalg.inv(group_blocks(inverse_hessian, group)).float()
     solver = MaskedSolver(hessian, target, group)
 
-    full = torch.ones(dense.shape[0], dense.shape[1] // group, dtype=torch.bool)
-    mask, fitted = full, solver.refit(dense, full, REFIT_STEPS // 2)
-    for step in range(1, PRUNE_STEPS + 1 if recipe.sparsity else 1):
-        scores = obs_scores(fitted, blocks)
-        share = recipe.sparsity * step / PRUNE_STEPS
-        mask = torch.cat([choose_mask(s, share, balance) for s in scores.split(sizes)])
-        fitted = solver.refit(fitted, mask, REFIT_STEPS // 2)
-    fitted = solver.refit(fitted, mask, REFIT_STEPS)
+    mask = torch.ones(dense.shape[0], dense.shape[1] // group, dtype=torch.bool)
+    fitted = linear(target, inverse_hessian.float())
+    if recipe.sparsity:
+        for step in range(1, PRUNE_STEPS + 1):
+            scores = obs_scores(fitted, blocks)
+            share = recipe.sparsity * step / PRUNE_STEPS
+            mask = torch.cat([choose_mask(s, share, balance) for s in scores.split(sizes)])
+            last = step == PRUNE_STEPS
+            fitted = solver.refit(fitted, mask, REFIT_STEPS if last else REFIT_STEPS // 2)
     factor = torch.linalg.cholesky(inverse_hessian, upper=True).float()
     result = polish(sweep(fitted, mask, factor, group), hessian, target)
     bounds = torch.tensor([0, *sizes]).cumsum(0).tolist()

@@ -8,11 +8,11 @@ from typing import Any, ClassVar, Literal, TypeVar
 
 from gqsa_compiler.models.fields import FieldReader
 from gqsa_compiler.models.rope import RopeParameters
+from gqsa_compiler.schedules.spec import Activation
 
 LayerKind = Literal["full", "sliding"]
-ActivationName = Literal["silu", "gelu", "gelu_tanh", "relu"]
 
-_ACTIVATIONS: Mapping[str, ActivationName] = {
+_ACTIVATIONS: Mapping[str, Activation] = {
     "silu": "silu",
     "swish": "silu",
     "gelu": "gelu",
@@ -67,7 +67,7 @@ class DecoderConfig:
     head_dim: int
     max_position_embeddings: int
     norm_eps: float
-    activation: ActivationName
+    activation: Activation
     tie_word_embeddings: bool
     attention_scale: float
     qkv_bias: bool = False
@@ -132,7 +132,7 @@ def read_common(fields: FieldReader, activation_field: str = "hidden_act") -> di
     }
 
 
-def read_activation(fields: FieldReader, name: str, default: str) -> ActivationName:
+def read_activation(fields: FieldReader, name: str, default: str) -> Activation:
     """Take an activation function's name."""
     value = fields.text(name, default)
     if value not in _ACTIVATIONS:

@@ -16,8 +16,9 @@ from tvm.relax.frontend.nn.core import wrap_nested
 from tvm.relax.frontend.nn.llm.kv_cache import PagedKVCache
 
 from gqsa_compiler._tvm import nn, relax
-from gqsa_compiler.models.config import ActivationName, DecoderConfig
+from gqsa_compiler.models.config import DecoderConfig
 from gqsa_compiler.schedules.generic.rope import rope_qkv
+from gqsa_compiler.schedules.spec import Activation
 
 DTYPE = "float32"
 
@@ -55,7 +56,7 @@ class Embedding(nn.Module):
         return take_rows(self.weight, indices)
 
 
-def activation(name: ActivationName, x: nn.Tensor) -> nn.Tensor:
+def activation(name: Activation, x: nn.Tensor) -> nn.Tensor:
     """Apply an activation function."""
     if name == "silu":
         return op.silu(x)
