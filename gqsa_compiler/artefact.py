@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
+import os
 import shutil
 import sys
+import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from importlib import util
 from pathlib import Path
@@ -13,6 +16,7 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
+from gqsa_compiler._child import run_in_child
 from gqsa_compiler._tvm import relax, tvm
 from gqsa_compiler.checkpoint import BSRLayer
 from gqsa_compiler.errors import CompileError
@@ -29,6 +33,7 @@ from gqsa_compiler.targets import TargetSpec, host_arch
 
 LIBRARY = "model.so"
 PARAMETERS = "params.safetensors"
+_LITTLE_ROOM = 1 << 20  # bytes: with less, a failure is put down to the full disk
 
 Array = npt.NDArray[Any]
 
@@ -98,12 +103,25 @@ def export_library(mod: tvm.IRModule, target: TargetSpec, directory: Path) -> st
     Raises
     ------
     CompileError
-        No linker for the target.
+        No linker for the target, or code generation failed.
+    OSError
+        The disk is full.
     """
-    linker = _linker(target)
-    executable = relax.build(mod, tvm.target.Target(target.tvm_dict()), relax_pipeline=None)
+    compiler = tvm.support.cc.cross_compiler(_linker(target))
     path = directory / LIBRARY
-    executable.export_library(str(path), fcompile=tvm.support.cc.cross_compiler(linker))
+
+    def generate() -> None:
+        # Object files go beside the library, not to a temporary directory that may be small.
+        with tempfile.TemporaryDirectory(dir=directory) as objects:
+            executable = relax.build(mod, tvm.target.Target(target.tvm_dict()), relax_pipeline=None)
+            executable.export_library(str(path), fcompile=compiler, workspace_dir=objects)
+
+    try:
+        run_in_child(generate, "Code generation")
+    except CompileError as error:
+        if shutil.disk_usage(directory).free < _LITTLE_ROOM:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path)) from error
+        raise
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
