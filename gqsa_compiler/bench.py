@@ -44,7 +44,8 @@ class BenchResult:
     peak_memory_bytes : int
         Largest resident size of the process until the last run, the mapped weights included.
     prompt, gen, threads : int
-        Tokens in the prompt, tokens generated after the first one, and CPU threads.
+        Tokens in the prompt, tokens generated (the first comes with the prompt, so one pass less
+        is timed as decoding), and CPU threads.
     runs : tuple of BenchRun
         Every timed run, in order.
     """
@@ -78,7 +79,7 @@ def bench_artefact(
 ) -> BenchResult:
     """Time an artefact.
 
-    A prompt of random tokens is read and ``gen`` more are decoded greedily, ``repeats`` times
+    A prompt of random tokens is read and ``gen`` more are generated greedily, ``repeats`` times
     after one run that is not counted.
 
     Parameters
@@ -86,7 +87,7 @@ def bench_artefact(
     directory : str or Path
         The artefact.
     prompt, gen : int
-        Tokens to read and to write.
+        Tokens to read, at least one, and to write, at least two.
     repeats : int
         Timed runs.
     threads : int, optional
@@ -108,7 +109,7 @@ def bench_artefact(
 
     say = progress or (lambda stage, done, total: None)
     manifest = Manifest.read(directory)
-    length = prompt + gen + 1
+    length = prompt + gen
     if length > manifest.model.context_length:
         raise UsageError(
             f"A prompt of {prompt} and {gen} generated tokens need a context of {length}, and "
@@ -124,8 +125,7 @@ def bench_artefact(
         ids = np.random.default_rng(0).integers(0, manifest.model.vocab_size, prompt).tolist()
         for index in range(repeats + 1):
             say("Timed runs", index, repeats + 1)
-            # The first token comes with the prompt, so this is `gen` passes of one token.
-            found = model.generate(ids, max_tokens=gen + 1, temperature=0.0, ignore_eos=True)
+            found = model.generate(ids, max_tokens=gen, temperature=0.0, ignore_eos=True)
             times = found.timings
             runs.append(
                 BenchRun(

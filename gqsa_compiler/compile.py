@@ -20,7 +20,7 @@ from gqsa_compiler.checkpoint import BSRLayer
 from gqsa_compiler.errors import CompileError, UsageError
 from gqsa_compiler.frontends.hf import ImportedModel, import_model
 from gqsa_compiler.frontends.source import ModelSource, resolve
-from gqsa_compiler.outdir import staged_directory
+from gqsa_compiler.outdir import check_output, staged_directory
 from gqsa_compiler.passes.memory import workspace_bytes
 from gqsa_compiler.passes.pipeline import PipelineOptions, run
 from gqsa_compiler.passes.plan import PackPlan
@@ -109,7 +109,8 @@ def compile_model(
     Raises
     ------
     UsageError
-        A bad option, a missing model, an output that exists, or a dense model without `recipe`.
+        A bad option, a missing model, an output that exists or that the model lies in, or a
+        dense model without `recipe`.
     ModelError, CheckpointError, CompileError
         The model cannot be read, is damaged, or cannot be compiled as asked.
     """
@@ -135,6 +136,7 @@ def compile_model(
             f"--recipe {DENSE_RECIPE} leaves every layer dense, which --no-fallback forbids; "
             "choose one of the two."
         )
+    check_output(output, overwrite, protect=(source.path,))
     report_progress = progress or (lambda _stage, _done, _total: None)
     with staged_directory(output, overwrite=overwrite) as staging:
         if compressed or recipe == DENSE_RECIPE:

@@ -28,23 +28,41 @@ def inspect_path(path: str | Path) -> dict[str, Any]:
     UsageError
         There is nothing at the path.
     ModelError
-        What is there is neither.
+        What is there is neither, or a checkpoint that is not a whole model.
     CheckpointError, ArtefactError
         It is damaged.
     """
     from gqsa_compiler.checkpoint import is_checkpoint
+    from gqsa_compiler.checkpoint.names import CONFIG_FILE
+    from gqsa_compiler.checkpoint.safetensors_file import read_json_object
 
     path = Path(path)
     if not path.exists():
         raise UsageError(f"{path} does not exist.")
     if is_artefact(path):
         return Manifest.read(path).to_dict()
-    if path.is_dir() and is_checkpoint(path):
-        return inspect_checkpoint(path)
+    if path.is_dir():
+        if is_checkpoint(path):
+            found = inspect_checkpoint(path)
+            _check_complete(path)
+            return found
+        config = path / CONFIG_FILE
+        if config.exists():
+            read_json_object(config.read_bytes(), str(config))  # damaged: it says what is wrong
     raise ModelError(
         f"{path} is neither a GQSA checkpoint nor a compiled artefact; "
         "make a checkpoint of a dense model with: gqsa compress MODEL -o DIR"
     )
+
+
+def _check_complete(path: Path) -> None:
+    """Check that a checkpoint has the tensors that its configuration asks for, as compile does."""
+    from gqsa_compiler.frontends.fit import check_tensors
+    from gqsa_compiler.frontends.source import resolve
+    from gqsa_compiler.models.registry import parse_config
+
+    source = resolve(str(path))
+    check_tensors(source, parse_config(source.config, str(path)))
 
 
 def inspect_checkpoint(path: Path) -> dict[str, Any]:

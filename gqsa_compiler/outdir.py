@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import json
 import os
 import secrets
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from gqsa_compiler.errors import GqsaError, UsageError
-from gqsa_compiler.runtime.manifest import MANIFEST_FILE
+from gqsa_compiler.runtime.manifest import FORMAT, MANIFEST_FILE
 
-# Every directory that this project writes holds one of these. `overwrite` deletes nothing else,
-# so that a slip such as `-o ~ --overwrite` costs nobody their files.
-_OUTPUT_MARKS = ("config.json", MANIFEST_FILE)
+_CONFIG_FILE = "config.json"
+_MAX_MARK_BYTES = 100_000_000
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 _RENAME_EXCHANGE = 2
 _AT_FDCWD = -100
@@ -35,8 +35,8 @@ def staged_directory(path: str | os.PathLike[str], *, overwrite: bool = False) -
         The output directory. Missing parents are made. A symbolic link is followed.
     overwrite : bool
         Replace an existing directory, in one step where the system can (Linux), otherwise
-        in two renames that are undone on failure. It must be empty or hold a ``config.json`` or
-        ``manifest.json``.
+        in two renames that are undone on failure. It must be empty, a GQSA checkpoint or a
+        compiled artefact.
 
     Yields
     ------
@@ -110,35 +110,114 @@ def _cannot(verb: str, final: Path, error: OSError) -> GqsaError:
     return UsageError(f"Cannot {verb} the output directory {final}: {reason}.")
 
 
-def check_output(path: str | os.PathLike[str], overwrite: bool = False) -> None:
+def check_output(
+    path: str | os.PathLike[str],
+    overwrite: bool = False,
+    *,
+    protect: Iterable[str | os.PathLike[str]] = (),
+) -> None:
     """Check that `staged_directory` may write `path`; for callers with long work before it.
+
+    Parameters
+    ----------
+    path : path
+        The output directory.
+    overwrite : bool
+        See `staged_directory`.
+    protect : iterable of path
+        What the output is made from. Overwriting must not delete it. Paths where nothing is
+        are passed over.
 
     Raises
     ------
     UsageError
-        See `staged_directory`.
+        See `staged_directory`; or `path` is, or contains, one of `protect`, links followed.
     """
     final = Path(os.path.realpath(path))
     if not final.name:
         raise UsageError(f"{final} cannot be an output directory; name a directory inside it.")
     if not os.path.lexists(final):
+        _check_length(final)
         return
     if not final.is_dir():
         raise UsageError(f"The output {final} exists and is not a directory; choose another name.")
+    for given in protect:
+        _check_apart(final, given)
     if not overwrite:
         raise UsageError(
             f"The output directory {final} exists; choose another name or overwrite it "
             "(--overwrite)."
         )
     try:
-        names = {entry.name for entry in final.iterdir()}
+        is_empty = next(final.iterdir(), None) is None
     except OSError as error:
         raise _cannot("read", final, error) from error
-    if names and names.isdisjoint(_OUTPUT_MARKS):
+    if not is_empty and not _is_output(final):
         raise UsageError(
-            f"{final} is not overwritten: it holds files but no {' or '.join(_OUTPUT_MARKS)}, "
-            "so it is no output of gqsa. Choose another name, or delete it yourself."
+            f"{final} is not overwritten: it is neither a GQSA checkpoint nor a compiled "
+            "artefact. Choose another name, or delete it yourself."
         )
+
+
+def _check_apart(final: Path, given: str | os.PathLike[str]) -> None:
+    """Check that replacing `final` would not delete `given`."""
+    real = Path(os.path.realpath(given))
+    if not os.path.lexists(real):
+        return
+    for place in (real, *real.parents):
+        # By identity: mounts and file systems that ignore case give one directory many names.
+        if place.samefile(final):
+            what = "is" if place == real else "contains"
+            raise UsageError(
+                f"The output {final} {what} the input {os.fspath(given)}; choose another name."
+            )
+
+
+def _check_length(final: Path) -> None:
+    """Check names that do not exist yet; the long ones only fail at the end otherwise."""
+    place = final
+    while not os.path.lexists(place):
+        place = place.parent
+    try:
+        limit = os.pathconf(place, "PC_NAME_MAX")
+    except OSError as error:
+        raise _cannot("create", final, error) from error
+    for name in final.relative_to(place).parts:
+        if len(os.fsencode(name)) > limit:
+            raise UsageError(
+                f"The output name {name[:40]}... has {len(os.fsencode(name))} bytes, and {place} "
+                f"takes names of at most {limit}; choose a shorter one."
+            )
+    try:
+        final.lstat()
+    except FileNotFoundError:
+        pass
+    except OSError as error:
+        # The whole path may be too long although every name in it fits.
+        raise _cannot("create", final, error) from error
+
+
+def _is_output(directory: Path) -> bool:
+    """Whether this project wrote `directory`.
+
+    `overwrite` deletes nothing else, so that a slip such as ``-o ~ --overwrite`` or ``-o`` with
+    somebody's dense model costs nobody their files.
+    """
+    quantization = _read_mark(directory / _CONFIG_FILE).get("quantization_config")
+    if isinstance(quantization, dict) and quantization.get("quant_method") == "gqsa":
+        return True
+    return _read_mark(directory / MANIFEST_FILE).get("format") == FORMAT
+
+
+def _read_mark(path: Path) -> dict[str, object]:
+    """Read a JSON object, whoever wrote it; empty when there is none."""
+    try:
+        if not path.is_file() or path.stat().st_size > _MAX_MARK_BYTES:
+            return {}
+        fields = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return fields if isinstance(fields, dict) else {}
 
 
 def _make_parents(parent: Path) -> list[Path]:

@@ -56,7 +56,7 @@ class ChatTemplate:
         environment.globals["strftime_now"] = lambda format: datetime.now().strftime(format)
         try:
             self._template = environment.from_string(source)
-        except jinja2.TemplateError as error:
+        except Exception as error:  # not only jinja2's: Python compiles what it writes
             raise ArtefactError(f"The model's chat template is not valid: {error}.") from None
         self._tokens = dict(tokens)
 
@@ -82,6 +82,8 @@ class ChatTemplate:
         ------
         UsageError
             There are no messages, or the template refuses them; its own words are in the message.
+        ArtefactError
+            The template itself is wrong; it divides by zero, for instance.
 
         """
         if not messages:
@@ -93,6 +95,10 @@ class ChatTemplate:
             )
         except (jinja2.TemplateError, TypeError, ValueError, KeyError) as error:
             raise UsageError(f"The model's chat template refuses the messages: {error}.") from None
+        except Exception as error:  # a template can do whatever an expression can
+            raise ArtefactError(
+                f"The model's chat template fails: {type(error).__name__}: {error}."
+            ) from None
 
     def render_parts(
         self, messages: Sequence[Mapping[str, Any]], special: Collection[str], **options: Any

@@ -80,7 +80,7 @@ class Session:
     Raises
     ------
     UsageError
-        A limit is beyond what the artefact was compiled for.
+        A limit is beyond what the artefact was compiled for, or there is not enough memory.
 
     """
 
@@ -110,9 +110,13 @@ class Session:
         self._next = 0
         self._closed = False
         self._executor = ThreadPoolExecutor(1, thread_name_prefix="gqsa-session")
-        self._on_thread(self._start, program.module)
+        try:
+            self._on_thread(self._start, program.module, program.manifest.kv_cache.bytes_per_token)
+        except BaseException:
+            self._executor.shutdown()
+            raise
 
-    def _start(self, module: Any) -> None:
+    def _start(self, module: Any, token_bytes: int) -> None:
         configure = tvm_ffi.get_global_func("runtime.config_threadpool")
         configure(_SHARE_ALL_CORES, self.threads, [str(i) for i in self._cpus[: self.threads]])
         try:
@@ -126,7 +130,14 @@ class Session:
             ) from None
         self._vm = vm
         pages = -(-self.context_length // self._page) * self.max_batch
-        self._kv = create(tvm_ffi.Shape((self.max_batch, pages * self._page, self._chunk)))
+        tokens = pages * self._page
+        try:
+            self._kv = create(tvm_ffi.Shape((self.max_batch, tokens, self._chunk)))
+        except (RuntimeError, ValueError, MemoryError) as error:
+            raise UsageError(
+                f"The key/value cache of {tokens} tokens ({tokens * token_bytes / 1e9:.1f} GB) "
+                f"cannot be made: {error}. Ask for a smaller context or batch."
+            ) from None
         state = {
             name: tvm_ffi.get_global_func(f"vm.builtin.kv_state_{name}")
             for name in ("add_sequence", "remove_sequence", "begin_forward", "end_forward")
@@ -159,7 +170,16 @@ class Session:
             self._on_thread(self._remove, self._kv, sequence)
 
     def length(self, sequence: int) -> int:
-        """Return the number of tokens that a sequence has in the cache."""
+        """Return the number of tokens that a sequence has in the cache.
+
+        Raises
+        ------
+        UsageError
+            There is no such sequence.
+
+        """
+        if sequence not in self._lengths:
+            raise UsageError(f"The session has no sequence {sequence}; open one with add().")
         return self._lengths[sequence]
 
     def prefill(self, sequence: int, tokens: Sequence[int] | np.ndarray) -> np.ndarray:
@@ -200,11 +220,24 @@ class Session:
         ndarray
             float32 [b, V], memory of TVM's, not copied.
 
+        Raises
+        ------
+        UsageError
+            A sequence is unknown, named twice or full, a token is no number of the vocabulary, or
+            there are more or fewer tokens than sequences.
+
         """
+        ids = self.check_tokens(tokens)
+        if len(ids) != len(sequences):
+            raise UsageError(
+                f"There are {len(ids)} tokens for {len(sequences)} sequences; give one for each."
+            )
+        if len(set(sequences)) != len(sequences):
+            raise UsageError("A sequence is named twice; decode takes one token for each.")
         for sequence in sequences:
-            self._require_room(self._lengths[sequence] + 1)
+            self._require_room(self.length(sequence) + 1)
         rows = np.arange(len(sequences), dtype=np.int32)
-        return self._pass(sequences, self.check_tokens(tokens), self._forward, rows)
+        return self._pass(sequences, ids, self._forward, rows)
 
     def score(self, tokens: Sequence[int] | np.ndarray) -> Iterator[np.ndarray]:
         """Yield the logits that follow each token of a text, in order.
@@ -305,7 +338,7 @@ class Session:
         self, sequence: int, tokens: Sequence[int] | np.ndarray
     ) -> Iterator[tuple[np.ndarray, bool]]:
         ids = self.check_tokens(tokens)
-        self._require_room(self._lengths[sequence] + len(ids))
+        self._require_room(self.length(sequence) + len(ids))
         for start in range(0, len(ids), self._chunk):
             yield ids[start : start + self._chunk], start + self._chunk >= len(ids)
 

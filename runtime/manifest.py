@@ -18,6 +18,8 @@ from gqsa_compiler.runtime.errors import ArtefactError
 FORMAT = "gqsa-artefact"
 FORMAT_VERSION = 1
 MANIFEST_FILE = "manifest.json"
+_PAGE_MULTIPLE = 8  # what the attention kernels need
+_INT64 = 1 << 63
 SCORE_ROWS = 64
 """Most rows of hidden states that one call of `logits` takes (or `max_batch`, if larger)."""
 
@@ -157,7 +159,7 @@ class Manifest:
         if not isinstance(data, Mapping) or data.get("format") != FORMAT:
             raise ArtefactError(f"{where} is not the manifest of a GQSA artefact.")
         version = data.get("format_version")
-        if version != FORMAT_VERSION or isinstance(version, bool):
+        if version != FORMAT_VERSION or type(version) is not int:
             raise ArtefactError(
                 f"{where} has artefact format version {version!r} and this runtime reads version "
                 f"{FORMAT_VERSION}; compile the model again with this release of gqsa."
@@ -185,7 +187,8 @@ class Manifest:
         if not path.parent.is_dir():
             raise ArtefactError(f"There is no artefact at {directory}: no such directory.")
         try:
-            data = json.loads(path.read_text(encoding="utf-8"))
+            text = path.read_text(encoding="utf-8")
+            data = json.loads(text, object_pairs_hook=_distinct)
         except FileNotFoundError:
             raise ArtefactError(
                 f"{directory} is not a compiled artefact: it has no {MANIFEST_FILE}. "
@@ -205,16 +208,24 @@ class Manifest:
             if name in ("", ".", "..") or "/" in name or "\\" in name or "\0" in name:
                 raise ArtefactError(f"{where} names the file {name!r}, which is not a plain name.")
         model, cache = self.model, self.kv_cache
-        positive = {
-            "model.vocab_size": model.vocab_size,
-            "model.context_length": model.context_length,
-            "model.prefill_chunk": model.prefill_chunk,
-            "model.max_batch": model.max_batch,
-            "kv_cache.page_size": cache.page_size,
+        # Beyond any model, and small enough for what TVM computes of them in 32 and 64 bits.
+        bounded = {
+            "model.vocab_size": (model.vocab_size, 1 << 24),
+            "model.context_length": (model.context_length, 1 << 27),
+            "model.prefill_chunk": (model.prefill_chunk, 1 << 20),
+            "model.max_batch": (model.max_batch, 1 << 16),
+            "kv_cache.page_size": (cache.page_size, 1 << 12),
         }
-        for key, value in positive.items():
+        for key, (value, most) in bounded.items():
             if value < 1:
                 raise ArtefactError(f"{where}: {key} is {value} and must be positive.")
+            if value > most:
+                raise ArtefactError(f"{where}: {key} is {value} and must be at most {most}.")
+        if cache.page_size % _PAGE_MULTIPLE:
+            raise ArtefactError(
+                f"{where}: kv_cache.page_size is {cache.page_size} and must be a multiple of "
+                f"{_PAGE_MULTIPLE}."
+            )
         if model.max_batch > model.prefill_chunk:
             # Decoding puts one token of every sequence into a pass, which has room for a chunk.
             raise ArtefactError(
@@ -223,6 +234,21 @@ class Manifest:
             )
         if len({p.name for p in self.parameters}) != len(self.parameters):
             raise ArtefactError(f"{where} lists a parameter twice.")
+        # The embedding has a row for every token, and is read without a check.
+        if not any(model.vocab_size in p.shape for p in self.parameters):
+            raise ArtefactError(
+                f"{where}: model.vocab_size is {model.vocab_size}, and no parameter has that many "
+                "rows; copy or compile the artefact again."
+            )
+
+
+def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Build an object of a JSON document; readers would differ on a doubled key."""
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        keys = [key for key, _ in pairs]
+        raise ValueError(f"the key {next(k for k in keys if keys.count(k) > 1)!r} stands twice")
+    return found
 
 
 def _decode(kind: Any, value: Any, where: str, key: str) -> Any:
@@ -239,6 +265,8 @@ def _decode(kind: Any, value: Any, where: str, key: str) -> Any:
     if kind is float and isinstance(value, (int, float)) and not isinstance(value, bool):
         return float(value)
     if isinstance(kind, type) and type(value) is kind:  # an exact type: True is no int here
+        if isinstance(value, int) and not -_INT64 <= value < _INT64:
+            raise ArtefactError(f"{where}: {key} does not fit into 64 bits.")
         return value
     expected = "a list" if origin is tuple else getattr(kind, "__name__", str(kind))
     raise ArtefactError(f"{where}: {key or 'the document'} should be {expected}, not {value!r}.")

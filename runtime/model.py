@@ -173,7 +173,20 @@ class Model:
         return ids
 
     def tokenize(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
-        """Turn text into token ids, with what the model puts at the start of a text."""
+        """Turn text into token ids, with what the model puts at the start of a text.
+
+        Raises
+        ------
+        UsageError
+            The text has lone surrogates, which Python makes of bytes that are not UTF-8.
+
+        """
+        try:
+            text.encode("utf-8")
+        except UnicodeEncodeError as error:
+            raise UsageError(
+                f"The text is not UTF-8: its character {error.start} stands for no character."
+            ) from None
         ids: list[int] = self.tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
         return ids
 

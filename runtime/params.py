@@ -23,6 +23,7 @@ from gqsa_compiler.runtime.manifest import Parameter
 ALIGNMENT = 64
 _HEADER_RESERVE = 1 << 18  # bytes kept free for the header while the tensors stream by
 _HEADER_LIMIT = 100_000_000  # the format's own limit
+_METADATA, _PAD = "__metadata__", "_pad."
 _COPY_BLOCK = 1 << 24
 _CODES = {
     "float32": ("F32", 4), "float16": ("F16", 2), "bfloat16": ("BF16", 2), "float64": ("F64", 8),
@@ -56,7 +57,7 @@ def write_params(
         file.seek(_HEADER_RESERVE)
         for name, array in tensors:
             dtype = array.dtype.name
-            if name in header or name.startswith("_pad."):
+            if name in header or name.startswith(_PAD):
                 raise ValueError(f"The parameter name {name!r} is taken.")
             if dtype not in _CODES or array.dtype.byteorder == ">":
                 raise ValueError(f"The parameter {name} has the dtype {array.dtype!r}.")
@@ -69,7 +70,7 @@ def write_params(
             gap = -data.nbytes % ALIGNMENT
             if gap:
                 file.write(bytes(gap))
-                header[f"_pad.{len(entries)}"] = _entry("U8", (gap,), start + data.nbytes, gap)
+                header[f"{_PAD}{len(entries)}"] = _entry("U8", (gap,), start + data.nbytes, gap)
         _write_header(file, header)
     return tuple(entries)
 
@@ -139,6 +140,13 @@ def map_params(
         raise ArtefactError(f"{path} cannot be mapped: {error}.") from None
     header, begin = _read_header(path, mapping)
     views = [_view(path, mapping[begin:], header.get(p.name), p) for p in parameters]
+    listed = {p.name for p in parameters}
+    for name in header:
+        if name not in listed and name != _METADATA and not name.startswith(_PAD):
+            raise ArtefactError(
+                f"{path} has the parameter {name}, which the manifest does not list; copy or "
+                "compile the artefact again."
+            )
     if verify:
         with ThreadPoolExecutor() as pool:  # hashlib lets go of the interpreter's lock
             digests = pool.map(lambda view: hashlib.sha256(view.data).hexdigest(), views)

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import typer
 
-from gqsa_compiler.cli.main import make_app, make_compile_app
+from gqsa_compiler.cli.app import make_app, make_compile_app
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCUMENTS = ("README.md", "CONTRIBUTING.md", "docs/*.md")

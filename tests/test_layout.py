@@ -46,7 +46,7 @@ MAY_IMPORT = {
     "compile": _FRONTENDS | {"artefact", "compress", "report", "runtime"},
     "evaluate": _FRONTENDS | {"runtime"},
     "bench": {"errors", "bandwidth", "progress", "runtime"},
-    "inspect": {"errors", "checkpoint", "runtime"},
+    "inspect": {"errors", "checkpoint", "frontends", "models", "runtime"},
     "cli": _VERBS,
     "__init__": {"errors", "compile", "compress", "runtime"},
 }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import signal
 import stat
@@ -14,16 +15,19 @@ import pytest
 
 from gqsa_compiler import outdir
 from gqsa_compiler.errors import CompileError, GqsaError, UsageError
-from gqsa_compiler.outdir import disk_full, staged_directory
+from gqsa_compiler.outdir import check_output, disk_full, staged_directory
 
 
 def names(path: Path) -> list[str]:
     return sorted(entry.name for entry in path.iterdir())
 
 
-def old_output(path: Path) -> Path:
+OLD = json.dumps({"model_type": "llama", "quantization_config": {"quant_method": "gqsa"}})
+
+
+def old_output(path: Path, name: str = "config.json", mark: str = OLD) -> Path:
     path.mkdir()
-    (path / "config.json").write_text("old")
+    (path / name).write_text(mark)
     (path / "stale").write_text("old")
     return path
 
@@ -131,7 +135,7 @@ def test_overwrite_replaces_everything(
     out = old_output(tmp_path / "out")
     with staged_directory(out, overwrite=True) as staging:
         (staging / "config.json").write_text("new")
-        assert (out / "config.json").read_text() == "old"
+        assert (out / "config.json").read_text() == OLD
     assert names(out) == ["config.json"]
     assert (out / "config.json").read_text() == "new"
     assert names(tmp_path) == ["out"]
@@ -191,6 +195,68 @@ def test_overwrite_spares_directories_that_are_no_outputs(tmp_path: Path) -> Non
     assert names(tmp_path / "empty") == ["a"]
 
 
+@pytest.mark.parametrize(
+    ("name", "mark"),
+    [
+        ("config.json", json.dumps({"model_type": "llama"})),  # somebody's dense model
+        ("config.json", json.dumps({"quantization_config": {"quant_method": "gptq"}})),
+        ("config.json", json.dumps({"quantization_config": "gqsa"})),
+        ("config.json", json.dumps(["gqsa"])),
+        ("config.json", "gqsa"),
+        ("config.json", "[" * 100_000),
+        ("config.json", '{"a": "\udce9"}'),
+        ("manifest.json", json.dumps({"name": "a web application"})),
+        ("manifest.json", "{"),
+    ],
+)
+def test_overwrite_spares_what_only_looks_like_an_output(
+    tmp_path: Path, name: str, mark: str
+) -> None:
+    out = tmp_path / "theirs"
+    out.mkdir()
+    (out / name).write_bytes(mark.encode("utf-8", "surrogateescape"))
+    with pytest.raises(UsageError, match="neither a GQSA checkpoint nor a compiled artefact"):
+        check_output(out, overwrite=True)
+    assert names(out) == [name]
+
+
+def test_overwrite_spares_a_mark_that_is_too_large(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(outdir, "_MAX_MARK_BYTES", 10)
+    with pytest.raises(UsageError, match="not overwritten"):
+        check_output(old_output(tmp_path / "out"), overwrite=True)
+
+
+def test_overwrite_replaces_an_artefact(tmp_path: Path) -> None:
+    out = old_output(tmp_path / "out", "manifest.json", json.dumps({"format": "gqsa-artefact"}))
+    with staged_directory(out, overwrite=True):
+        pass
+    assert names(out) == []
+
+
+def test_what_the_output_is_made_from_is_protected(tmp_path: Path) -> None:
+    model = old_output(tmp_path / "model")
+    parent = old_output(tmp_path / "parent")
+    inner = old_output(parent / "deep")
+    (tmp_path / "link").symlink_to(model)
+    (tmp_path / "weights").symlink_to(inner / "stale")
+    for output, given, verb in (
+        (model, model, "is"),
+        (tmp_path / "link", model, "is"),
+        (model, tmp_path / "link", "is"),
+        (parent, inner, "contains"),
+        (parent, inner / "stale", "contains"),
+        (parent, tmp_path / "weights", "contains"),
+        (tmp_path, model, "contains"),
+    ):
+        for overwrite in (True, False):
+            with pytest.raises(UsageError, match=rf"output .* {verb} the input .*; choose another"):
+                check_output(output, overwrite, protect=("smollm2-135m", given))
+    check_output(model, True, protect=("smollm2-135m", inner))
+    check_output(model / "compiled", protect=(model,))  # inside the model nothing is lost
+
+
 @pytest.mark.parametrize("overwrite", [True, False])
 def test_a_file_in_the_way_is_refused(tmp_path: Path, overwrite: bool) -> None:
     (tmp_path / "out").write_text("x")
@@ -219,6 +285,15 @@ def test_a_long_name_still_fits(tmp_path: Path) -> None:
     with staged_directory(tmp_path / ("x" * 250)):
         pass
     assert names(tmp_path) == ["x" * 250]
+
+
+@pytest.mark.parametrize("name", ["x" * 300, "é" * 150, "sub/" + "x" * 300 + "/out"])
+def test_a_name_that_is_too_long_is_refused_at_once(tmp_path: Path, name: str) -> None:
+    with pytest.raises(UsageError, match=r"has 300 bytes, and .* takes names of at most 255"):
+        check_output(tmp_path / name)
+    with pytest.raises(UsageError, match=r"Cannot create .*File name too long"):
+        check_output(tmp_path / "/".join(["y" * 200] * 25))
+    assert names(tmp_path) == []
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")

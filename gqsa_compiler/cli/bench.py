@@ -16,7 +16,7 @@ from gqsa_compiler.cli.paths import require_artefact
 def bench(
     directory: options.Artefact,
     prompt: Annotated[int, typer.Option(min=1, help="Tokens of the prompt.")] = 128,
-    gen: Annotated[int, typer.Option(min=1, help="Tokens to generate after it.")] = 64,
+    gen: Annotated[int, typer.Option(min=2, help="Tokens to generate after it.")] = 64,
     repeats: Annotated[int, typer.Option(min=1, help="Timed runs, after one that is not.")] = 5,
     threads: options.Threads = None,
     no_verify: options.NoVerify = False,

@@ -13,7 +13,8 @@ from gqsa_compiler.cli import options
 from gqsa_compiler.cli.command import command
 from gqsa_compiler.cli.console import note, show_settings
 from gqsa_compiler.cli.generation import Shared, as_dict, figures, generates, load_one
-from gqsa_compiler.cli.paths import require_artefact
+from gqsa_compiler.cli.paths import require_artefact, require_utf8
+from gqsa_compiler.cli.signals import own_ctrl_c
 from gqsa_compiler.errors import UsageError
 
 if TYPE_CHECKING:
@@ -33,6 +34,8 @@ def chat(
 ) -> None:
     """Talk with a model: a message a line, answers as they come; --json: one object an answer."""
     require_artefact(directory)
+    if system is not None:
+        require_utf8(system, "The system message")
     show_settings(
         "chat",
         {
@@ -46,7 +49,8 @@ def chat(
         model.render_chat([{"role": "user", "content": "Hello"}])  # no template: say so at once
         note(_HELP)
         settings = {"max_tokens": max_tokens, **shared.sampling()}
-        _Conversation(model, system, settings, shared.json).run(_lines())
+        with own_ctrl_c():
+            _Conversation(model, system, settings, shared.json).run(_lines())
 
 
 def _lines() -> Iterator[str]:
@@ -56,7 +60,7 @@ def _lines() -> Iterator[str]:
         import readline  # noqa: F401
     while True:
         try:
-            yield input("> " if sys.stdin.isatty() else "")
+            yield require_utf8(input("> " if sys.stdin.isatty() else ""), "The message")
         except EOFError:
             return
 

@@ -6,51 +6,21 @@ import functools
 import os
 import signal
 import sys
-import threading
 import traceback
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from types import FrameType
+from collections.abc import Callable
 from typing import Any, TypeVar
 
 import typer
 
+from gqsa_compiler.cli.signals import SIGNAL_BASE, Stop, Stopped, stop_message, stop_signals
 from gqsa_compiler.errors import GqsaError
 from gqsa_compiler.outdir import disk_full
 
 EXIT_FAILURE = 1
 EXIT_USAGE = 2
-_SIGNAL_BASE = 128
 
 Verb = TypeVar("Verb", bound=Callable[..., None])
-
-
-class Stopped(BaseException):
-    """A signal asked the process to end; raised so that half-written outputs are removed."""
-
-    def __init__(self, number: int) -> None:
-        super().__init__(number)
-        self.number = number
-
-
-def _raise_stopped(number: int, frame: FrameType | None) -> None:
-    raise Stopped(number)
-
-
-@contextmanager
-def _stop_signals() -> Iterator[None]:
-    """Let SIGTERM and SIGHUP end the verb as Ctrl-C does, unless they are ignored (nohup)."""
-    previous: dict[signal.Signals, Any] = {}
-    if threading.current_thread() is threading.main_thread():
-        for number in (signal.SIGTERM, signal.SIGHUP):
-            if signal.getsignal(number) is signal.SIG_DFL:
-                previous[number] = signal.signal(number, _raise_stopped)
-    try:
-        yield
-    finally:
-        for key, handler in previous.items():
-            signal.signal(key, handler)
 
 
 def _quiet_libraries() -> None:
@@ -74,6 +44,13 @@ def _drop_stdout() -> None:
     os.close(sink)
 
 
+def _broken_pipe(error: BaseException) -> bool:
+    """Tell whether a reader is gone; click and rich make a `SystemExit` of that."""
+    return isinstance(error, BrokenPipeError) or (
+        isinstance(error, SystemExit) and isinstance(error.__context__, BrokenPipeError)
+    )
+
+
 def describe(error: BaseException) -> tuple[str, int]:
     """Return the message and the exit code that an error ends a verb with.
 
@@ -90,10 +67,9 @@ def describe(error: BaseException) -> tuple[str, int]:
     if isinstance(error, GqsaError):
         return str(error), error.exit_code
     if isinstance(error, KeyboardInterrupt):
-        return "Interrupted.", _SIGNAL_BASE + signal.SIGINT
+        error = Stopped(signal.SIGINT)
     if isinstance(error, Stopped):
-        name = signal.Signals(error.number).name
-        return f"Stopped by {name}.", _SIGNAL_BASE + error.number
+        return stop_message(error.number), SIGNAL_BASE + error.number
     if disk_full(error):
         file = getattr(error, "filename", None)
         where = f" while writing {file}" if file else ""
@@ -118,15 +94,32 @@ def describe(error: BaseException) -> tuple[str, int]:
     )
 
 
-def report_error(error: BaseException, verbose: bool = False) -> int:
-    """Say on standard error what an error means and return the exit code."""
-    if isinstance(error, BrokenPipeError):
+def report_error(error: BaseException, stop: Stop, verbose: bool = False) -> int:
+    """Say on standard error what an error means and return the exit code.
+
+    Parameters
+    ----------
+    error : BaseException
+        What was raised.
+    stop : Stop
+        If a signal asked the program to end, that is the cause, whatever its exception became on
+        its way.
+    verbose : bool
+        Print the traceback too.
+
+    Returns
+    -------
+    int
+        As `describe`; that of SIGPIPE, and nothing is said, if the reader of a pipe is gone.
+    """
+    if stop.number is None and _broken_pipe(error):
         # The reader of a pipe went away (`gqsa run ... | head`): end as SIGPIPE would.
         _drop_stdout()
-        return _SIGNAL_BASE + signal.SIGPIPE
+        return SIGNAL_BASE + signal.SIGPIPE
     if verbose:
         traceback.print_exception(error)
-    message, code = describe(error)
+    message, code = describe(error if stop.number is None else Stopped(stop.number))
+    stop.said = True
     say_error(message)
     return code
 
@@ -140,13 +133,14 @@ def command(function: Verb) -> Verb:
     @functools.wraps(function)
     def wrapper(*args: Any, **kwargs: Any) -> None:
         _quiet_libraries()
-        try:
-            with _stop_signals():
+        with stop_signals() as stop:
+            try:
                 function(*args, **kwargs)
                 sys.stdout.flush()
-        except typer.Exit:
-            raise
-        except (Exception, KeyboardInterrupt, Stopped) as error:
-            raise typer.Exit(report_error(error, bool(kwargs.get("verbose")))) from None
+            except typer.Exit:
+                raise
+            except (Exception, KeyboardInterrupt, Stopped) as error:
+                verbose = bool(kwargs.get("verbose"))
+                raise typer.Exit(report_error(error, stop, verbose)) from None
 
     return wrapper  # type: ignore[return-value]

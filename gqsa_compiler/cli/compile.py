@@ -68,7 +68,7 @@ def compile_(
 
     spec = parse_target(target)
     directory = output if output is not None else default_output(model, target)
-    check_output(directory, overwrite)
+    check_output(directory, overwrite, protect=(model,))
     show_settings(
         "compile",
         {

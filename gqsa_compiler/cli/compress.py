@@ -41,7 +41,9 @@ def compress(
     sequence_length: Annotated[
         int, typer.Option(min=2, help="Tokens in a calibration sequence.")
     ] = DEFAULT_SEQUENCE_LENGTH,
-    seed: Annotated[int, typer.Option(help="Seed of the calibration text.")] = 0,
+    seed: Annotated[
+        int, typer.Option(min=0, max=2**63 - 1, help="Seed of the calibration text.")
+    ] = 0,
     balance: Annotated[
         Literal["matrix", "row"],
         typer.Option(help="matrix: drop what costs least. row: keep as much in every row."),
@@ -52,7 +54,7 @@ def compress(
 ) -> None:
     """Compress MODEL: prune groups of weights and quantise the rest to 4 bits."""
     parse_recipe(recipe)
-    check_output(output, overwrite)
+    check_output(output, overwrite, protect=(model, *([calibration] if calibration else [])))
     if calibration is not None:
         require_file(calibration, "--calibration")
     show_settings(

@@ -1,81 +1,18 @@
-"""The `gqsa` program: a list of verbs, and what happens to errors outside of them."""
+"""The programs `gqsa` and `gqsa-compile`.
+
+What they do lies in `app`, which is imported when the signals' handlers are in place.
+"""
 
 from __future__ import annotations
 
+import io
+import os
 import sys
 from collections.abc import Callable, Sequence
-from typing import Annotated
 
-import typer
+from gqsa_compiler.cli.signals import SIGNAL_BASE, Stopped, stop_message, stop_signals
 
-from gqsa_compiler.cli.bench import bench
-from gqsa_compiler.cli.chat import chat
-from gqsa_compiler.cli.command import EXIT_FAILURE, EXIT_USAGE, report_error, say_error
-from gqsa_compiler.cli.compile import compile_
-from gqsa_compiler.cli.compress import compress
-from gqsa_compiler.cli.eval import eval_
-from gqsa_compiler.cli.inspect import inspect
-from gqsa_compiler.cli.run import run
-
-VERBS: dict[str, Callable[..., None]] = {
-    "compress": compress,
-    "compile": compile_,
-    "run": run,
-    "chat": chat,
-    "eval": eval_,
-    "bench": bench,
-    "inspect": inspect,
-}
-
-
-def _show_version(wanted: bool) -> None:
-    if wanted:
-        from importlib.metadata import version
-
-        print(f"gqsa {version('gqsa-compiler')}")
-        raise typer.Exit
-
-
-def _root(
-    version: Annotated[
-        bool,
-        typer.Option("--version", callback=_show_version, is_eager=True, help="Print the version."),
-    ] = False,
-) -> None:
-    """Compress, compile and run large language models with group sparsity and 4-bit weights."""
-
-
-def make_app() -> typer.Typer:
-    """Build the command line of `gqsa`."""
-    app = typer.Typer(
-        name="gqsa", pretty_exceptions_enable=False, context_settings={"max_content_width": 100}
-    )
-    app.callback()(_root)
-    for name, verb in VERBS.items():
-        app.command(name)(verb)
-    return app
-
-
-def make_compile_app() -> typer.Typer:
-    """Build the command line of `gqsa-compile`, the alias of `gqsa compile`."""
-    app = typer.Typer(name="gqsa-compile", pretty_exceptions_enable=False)
-    app.command()(compile_)
-    return app
-
-
-def _call(app: typer.Typer, name: str, arguments: Sequence[str]) -> int:
-    try:
-        # Not click's standalone mode: it frames usage errors in a box of several lines.
-        code = app(args=list(arguments), prog_name=name, standalone_mode=False)
-        sys.stdout.flush()
-    except (Exception, KeyboardInterrupt) as error:
-        # click's usage errors have no public name in typer; each says it in `format_message`.
-        if not hasattr(error, "format_message"):
-            return report_error(error, "--verbose" in arguments)
-        verb = [word for word in arguments[:1] if word in VERBS and name == "gqsa"]
-        say_error(f"{error.format_message()} (Try: {' '.join([name, *verb, '--help'])})")
-        return EXIT_USAGE
-    return code if isinstance(code, int) else 0
+_EXIT_FAILURE = 1
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -92,11 +29,51 @@ def main(arguments: Sequence[str] | None = None) -> int:
         The exit code: 0, 1 for a failure, 2 for bad usage, 130 after Ctrl-C.
     """
     words = list(sys.argv[1:] if arguments is None else arguments)
-    code = _call(make_app(), "gqsa", words or ["--help"])
-    return code if words else max(code, EXIT_FAILURE)
+
+    def run() -> int:
+        from gqsa_compiler.cli.app import call, make_app
+
+        code = call(make_app(), "gqsa", words or ["--help"])
+        return code if words else max(code, _EXIT_FAILURE)
+
+    return _guard(run)
 
 
 def main_compile(arguments: Sequence[str] | None = None) -> int:
     """Run `gqsa-compile`; see `main`."""
-    words = sys.argv[1:] if arguments is None else arguments
-    return _call(make_compile_app(), "gqsa-compile", words)
+    words = list(sys.argv[1:] if arguments is None else arguments)
+
+    def run() -> int:
+        from gqsa_compiler.cli.app import call, make_compile_app
+
+        return call(make_compile_app(), "gqsa-compile", words)
+
+    return _guard(run)
+
+
+def _guard(run: Callable[[], int]) -> int:
+    _prepare_streams()
+    with stop_signals() as stop:
+        try:
+            return run()
+        except (Exception, KeyboardInterrupt, Stopped):
+            if stop.number is None:
+                raise
+            # It came before the program could report it: while its modules were imported.
+            print(f"error: {stop_message(stop.number)}", file=sys.stderr)
+            return SIGNAL_BASE + stop.number
+
+
+def _prepare_streams() -> None:
+    """Open what the caller has closed (`gqsa ... <&-`), and read standard input as UTF-8.
+
+    Bytes that are no UTF-8 become lone surrogates, as in the program's arguments, and are
+    refused where text is needed.
+    """
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            # The lowest free number is the stream's own: later files must not get it.
+            number = os.open(os.devnull, os.O_RDWR)
+            setattr(sys, name, open(number, mode, encoding="utf-8", closefd=False))  # noqa: SIM115
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(encoding="utf-8", errors="surrogateescape")

@@ -9,8 +9,8 @@ from gqsa_compiler.runtime.manifest import MANIFEST_FILE, is_artefact
 
 
 def require_file(path: Path, option: str) -> None:
-    """Raise `UsageError` unless the file that an option names is there."""
-    if not path.is_file():
+    """Raise `UsageError` unless an option names a file, or a pipe or device, that is there."""
+    if path.is_dir() or not path.exists():
         what = "is a directory, not a file" if path.is_dir() else "does not exist"
         raise UsageError(f"{path} {what}; give {option} a text file.")
 
@@ -24,6 +24,15 @@ def read_text(path: Path, option: str) -> str:
         raise UsageError(
             f"{path} is not UTF-8 text (byte {error.start}); give {option} a text file."
         ) from None
+
+
+def require_utf8(text: str, what: str) -> str:
+    """Return a text from the command line or standard input; `UsageError` if it was not UTF-8."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        raise UsageError(f"{what} is not UTF-8 text; convert it to UTF-8.") from None
+    return text
 
 
 def require_artefact(path: Path) -> None:

@@ -12,7 +12,7 @@ from gqsa_compiler.cli import options
 from gqsa_compiler.cli.command import command
 from gqsa_compiler.cli.console import emit_json, note, show_settings
 from gqsa_compiler.cli.generation import Shared, as_dict, figures, generates, load_one
-from gqsa_compiler.cli.paths import read_text, require_artefact
+from gqsa_compiler.cli.paths import read_text, require_artefact, require_utf8
 from gqsa_compiler.errors import UsageError
 
 
@@ -75,7 +75,7 @@ def _prompt(prompt: str | None, file: Path | None) -> str:
     if file is not None:
         return read_text(file, "-f")
     if prompt is not None and prompt != "-":
-        return prompt
+        return require_utf8(prompt, "The prompt")
     if prompt is None and sys.stdin.isatty():
         raise UsageError("There is no prompt; give one with -p TEXT, -f FILE or standard input.")
-    return sys.stdin.read()
+    return require_utf8(sys.stdin.read(), "The prompt")

@@ -34,13 +34,40 @@ def linear(inputs: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor
     return product(inputs, weight, bias, "none", [], "")
 
 
+def multiplies_bfloat16() -> bool:
+    """Whether the CPU has instructions for bfloat16 products."""
+    supported: bool = torch.cpu._is_avx512_bf16_supported()
+    return supported
+
+
 @contextmanager
 def quick_linears(block: nn.Module) -> Iterator[None]:
     """Let a float32 block's linear layers compute with `linear`, unless gradients are wanted."""
-    layers = [] if torch.is_grad_enabled() else list(block.modules())
-    layers = [module for module in layers if isinstance(module, nn.Linear)]
-    for layer in layers:
-        layer.forward = partial(_forward, layer)
+    with _forwards(block, _forward if not torch.is_grad_enabled() else None):
+        yield
+
+
+@contextmanager
+def half_linears(model: nn.Module) -> Iterator[None]:
+    """Let the linear layers of a 16-bit model compute in float32 where the CPU is slow in 16.
+
+    The weights stay as they are; one at a time is converted when its layer runs.
+    """
+    half = next(model.parameters()).dtype != torch.float32
+    with _forwards(model, _widened if half and not multiplies_bfloat16() else None):
+        yield
+
+
+@contextmanager
+def _forwards(
+    model: nn.Module, forward: Callable[[nn.Linear, Tensor], Tensor] | None
+) -> Iterator[None]:
+    layers = [module for module in model.modules() if isinstance(module, nn.Linear)]
+    if forward is None:
+        layers = []
+    else:
+        for layer in layers:
+            layer.forward = partial(forward, layer)
     try:
         yield
     finally:
@@ -50,3 +77,8 @@ def quick_linears(block: nn.Module) -> Iterator[None]:
 
 def _forward(layer: nn.Linear, inputs: Tensor) -> Tensor:
     return linear(inputs, layer.weight, layer.bias)
+
+
+def _widened(layer: nn.Linear, inputs: Tensor) -> Tensor:
+    bias = None if layer.bias is None else layer.bias.float()
+    return linear(inputs.float(), layer.weight.float(), bias).to(inputs.dtype)

@@ -104,7 +104,7 @@ class MomentAccumulator:
             self._cross[name] = product.double()
 
     def finish(self, layer: str) -> Moments:
-        """Average, shrink and damp.
+        """Average, shrink and damp, in place: nothing can be added after.
 
         Parameters
         ----------
@@ -117,9 +117,9 @@ class MomentAccumulator:
             An input was NaN or infinite.
         """
         assert self._second is not None, "no batch was added"
-        hessian = self._second.triu().div_(self._tokens)
+        hessian = self._second.triu_().div_(self._tokens)
         hessian += hessian.triu(1).T
-        cross = {name: total / self._tokens for name, total in self._cross.items()}
+        cross = {name: total.div_(self._tokens) for name, total in self._cross.items()}
         if not all(torch.isfinite(matrix).all() for matrix in (hessian, *cross.values())):
             raise ModelError(
                 f"The inputs of layer {layer} are not finite numbers on the calibration text: "

@@ -15,7 +15,6 @@ from gqsa_compiler.compress.quantizer import (
     decode,
     encode,
     fit_grid,
-    round_to_grid,
     stored_scale,
 )
 from gqsa_compiler.compress.recipe import Recipe
@@ -249,10 +248,3 @@ def _polish_scales(start: GroupedWeight, hessian: Tensor, target: Tensor) -> Gro
         scales[index] = torch.where((curvature > 0) & (best > 0), stored_scale(best), scale)
         columns[part] = torch.where(keep[index], unit * scales[index], 0.0)
     return GroupedWeight(start.keep, start.codes, scales.T.contiguous(), start.zeros)
-
-
-def round_weight(weight: Tensor, group_size: int) -> Tensor:
-    """Return `weight` rounded to the nearest on 4-bit grids, without any compensation."""
-    parts = weight.reshape(weight.shape[0], -1, group_size)
-    scale, zero = fit_grid(parts)
-    return round_to_grid(parts, scale[..., None], zero[..., None]).reshape(weight.shape)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from gqsa_compiler.checkpoint import CheckpointWriter, QuantizationConfig, from_codes
+from gqsa_compiler.checkpoint.config import BALANCES
 from gqsa_compiler.compress.block_oneshot import BlockState, compress_block
 from gqsa_compiler.compress.blocks import (
     capture_inputs,
@@ -22,12 +23,11 @@ from gqsa_compiler.compress.blocks import (
 )
 from gqsa_compiler.compress.calibration import (
     Progress,
-    fast_dtype,
     read_calibration,
     sample_text,
+    sampling_dtype,
 )
 from gqsa_compiler.compress.recipe import (
-    BALANCES,
     DEFAULT_SAMPLES,
     DEFAULT_SEQUENCE_LENGTH,
     Recipe,
@@ -43,6 +43,7 @@ from gqsa_compiler.frontends.torch_model import (
 )
 from gqsa_compiler.models.config import DecoderConfig
 from gqsa_compiler.models.registry import parse_config
+from gqsa_compiler.outdir import check_output
 
 BATCH_TOKENS = 2048
 """About so many tokens run through a block at once."""
@@ -130,6 +131,11 @@ def compress_model(
 ) -> CompressReport:
     """Prune and quantise every linear layer of a model's decoder blocks.
 
+    Memory is at its peak either while the model samples text, when it is there whole in 16 bits
+    (float32 if it is stored so and the CPU has no bfloat16 products), or in a block: two float32
+    copies of it, some ten float64 matrices as wide as its widest layer's inputs, and for every
+    calibration token the block's activations. The model is never there whole in that second phase.
+
     Parameters
     ----------
     model : str or ModelSource
@@ -162,7 +168,8 @@ def compress_model(
     Raises
     ------
     UsageError
-        An argument is out of range, or the calibration text cannot be used.
+        An argument is out of range, the output exists or the model lies in it, or the calibration
+        text cannot be used.
     ModelError
         The model cannot be read or is compressed already, or a layer does not fit the recipe.
     """
@@ -174,6 +181,7 @@ def compress_model(
         raise ModelError(
             f"{source.path} is compressed already; compress the model that it was made from."
         )
+    check_output(output, overwrite, protect=(source.path, *([calibration] if calibration else [])))
     report = progress or (lambda _stage, _done, _total: None)
     skeleton = build_model(source)
     prefix, blocks = find_blocks(skeleton)
@@ -274,8 +282,7 @@ def _calibration_tokens(
         tokenizer = load_tokenizer(source)
         return read_calibration(Path(calibration), tokenizer, samples, sequence_length)
     report("sampling calibration text", 0, samples * sequence_length)
-    parameters = sum(int(np.prod(source.shape(name))) for name in source.tensor_names())
-    model = build_model(source, fast_dtype(parameters))
+    model = build_model(source, sampling_dtype(stored_dtype(source)))
     load_parameters(model, "", source)
     return sample_text(model, bos_token_id, samples, sequence_length, seed, report)
 

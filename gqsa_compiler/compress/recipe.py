@@ -5,18 +5,16 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
+from gqsa_compiler.checkpoint.config import BITS, GROUP_SIZES
 from gqsa_compiler.errors import UsageError
 
-BITS = (4,)
-GROUP_SIZES = (8, 16, 32, 64, 128, 256)
 MAX_SPARSITY_PERCENT = 95
-BALANCES = ("matrix", "row")
 
 DEFAULT_SAMPLES = 128
 DEFAULT_SEQUENCE_LENGTH = 128
 """Calibration sequences and the tokens of each."""
 
-_NAME = re.compile(r"w(\d+)s(\d+)g(\d+)")
+_NAME = re.compile(r"w([1-9][0-9]*)s(0|[1-9][0-9]*)g([1-9][0-9]*)")
 
 
 @dataclass(frozen=True)

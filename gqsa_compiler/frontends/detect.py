@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
+
+from gqsa_compiler.errors import ModelError
+from gqsa_compiler.frontends.json_file import read_json
 
 _BY_METHOD = {
     "gptq": "GPTQ",
@@ -79,13 +81,11 @@ def foreign_files(directory: Path) -> str | None:
         path = directory / name
         if path.is_file():
             try:
-                fields = json.loads(path.read_text(encoding="utf-8"))
-            except ValueError:
+                fields = read_json(path)
+            except ModelError:
                 fields = {}
             # AutoAWQ says w_bit and q_group_size where AutoGPTQ says bits and group_size.
-            is_awq = isinstance(fields, dict) and (
-                "w_bit" in fields or str(fields.get("quant_method", "")).lower() == "awq"
-            )
+            is_awq = "w_bit" in fields or str(fields.get("quant_method", "")).lower() == "awq"
             return "AWQ" if is_awq else "GPTQ"
     if (directory / "mlc-chat-config.json").is_file():
         return "MLC-LLM"

@@ -10,7 +10,8 @@ import numpy.typing as npt
 from tvm.relax.frontend.nn.llm.kv_cache import PagedKVCache
 
 from gqsa_compiler._tvm import nn, tvm
-from gqsa_compiler.errors import ModelError, UsageError
+from gqsa_compiler.errors import UsageError
+from gqsa_compiler.frontends.fit import check_tensors
 from gqsa_compiler.frontends.source import ModelSource
 from gqsa_compiler.models.config import DecoderConfig
 from gqsa_compiler.models.layers import CausalLM
@@ -140,10 +141,10 @@ def import_model(source: ModelSource, *, context_length: int | None) -> Imported
             f"The context length {context} is more than the model's "
             f"{config.max_position_embeddings}; choose at most that."
         )
+    check_tensors(source, config)
     definition = architecture(config.model_type, where).load_model_class()(config, context)
     mod, parameters = definition.export_tvm(spec=_module_spec(config))
     shapes = {name: tuple(int(size) for size in p.shape) for name, p in parameters}
-    _check_weights(source, config, shapes)
     return ImportedModel(
         mod=_non_negative(mod),
         model=_summary(config, context),
@@ -172,38 +173,6 @@ def _non_negative(mod: Any) -> Any:
     for name in ("forward", "hidden_states", "logits"):
         mod[name] = mod[name].with_attr("tir_non_negative_var", ["n", "m"])
     return tvm.IRModule(mod.functions, attrs=mod.attrs)
-
-
-def _check_weights(
-    source: ModelSource, config: DecoderConfig, shapes: dict[str, tuple[int, ...]]
-) -> None:
-    """Check that the stored tensors and the definition's parameters are the same set."""
-    stored = set(source.tensor_names())
-    wanted = {name for name in shapes if name not in (ROPE_TABLE, LOCAL_ROPE_TABLE)}
-    missing = sorted(wanted - stored)
-    if missing:
-        hint = (
-            " (tie_word_embeddings is false, so the model needs one)"
-            if missing[0] == "lm_head.weight"
-            else ""
-        )
-        raise ModelError(f"{source.path} lacks the tensor {missing[0]!r}{hint}.")
-    # A tied model may store its output matrix all the same; old checkpoints store frequencies.
-    known = {"lm_head.weight"} if config.tie_word_embeddings else set()
-    extra = sorted(
-        name for name in stored - wanted - known if not name.endswith("rotary_emb.inv_freq")
-    )
-    if extra:
-        raise ModelError(
-            f"{source.path} has the tensor {extra[0]!r}, which a {config.model_type} model with "
-            "this config.json does not use."
-        )
-    for name in sorted(wanted):
-        if source.shape(name) != shapes[name]:
-            raise ModelError(
-                f"{source.path}: {name} has the shape {list(source.shape(name))}, but config.json "
-                f"asks for {list(shapes[name])}."
-            )
 
 
 def _summary(config: DecoderConfig, context: int) -> ModelConfigSummary:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ import numpy.typing as npt
 
 from gqsa_compiler.checkpoint.safetensors_file import DTYPES, FLOAT_DTYPES
 from gqsa_compiler.errors import ModelError
+from gqsa_compiler.frontends.json_file import read_json
 from gqsa_compiler.frontends.source import READS, ModelSource
 from gqsa_compiler.frontends.tokenizer import save_directory_tokenizer
 from gqsa_compiler.models.registry import text_config
@@ -72,9 +72,8 @@ class SafetensorsFiles:
             return (single,)
         if index_path.is_file():
             try:
-                weight_map = json.loads(index_path.read_text(encoding="utf-8"))["weight_map"]
-                names = sorted(set(map(str, weight_map.values())))
-            except (ValueError, KeyError, TypeError, AttributeError) as error:
+                names = sorted(set(map(str, read_json(index_path)["weight_map"].values())))
+            except (KeyError, AttributeError) as error:
                 raise ModelError(f"{index_path} has no usable weight_map: {error!r}.") from error
             for name in names:
                 # The index is untrusted: it may only name files beside it.

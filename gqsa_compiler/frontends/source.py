@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import json
 import re
 from abc import ABC, abstractmethod
 from pathlib import Path
@@ -13,6 +12,7 @@ import numpy.typing as npt
 
 from gqsa_compiler.errors import ModelError, UsageError
 from gqsa_compiler.frontends.detect import foreign_config, foreign_files, foreign_tensors
+from gqsa_compiler.frontends.json_file import read_json
 
 if TYPE_CHECKING:
     from gqsa_compiler.checkpoint import CheckpointReader
@@ -180,7 +180,7 @@ def _open_directory(path: Path, name: str) -> ModelSource:
     foreign = foreign_files(path)
     config_path = path / "config.json"
     if config_path.is_file():
-        config = _read_config(config_path)
+        config = read_json(config_path)
         foreign = foreign_config(config) or foreign
     elif not foreign:
         ggufs = [entry for entry in entries if entry.endswith(".gguf")]
@@ -209,16 +209,6 @@ def foreign_error(path: Path, kind: str) -> ModelError:
     return ModelError(
         f"{path} is {article} {kind} checkpoint; {READS}. Start from the model it was made from."
     )
-
-
-def _read_config(path: Path) -> dict[str, Any]:
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, OSError) as error:
-        raise ModelError(f"{path} cannot be read as JSON: {error}.") from error
-    if not isinstance(config, dict):
-        raise ModelError(f"{path} does not hold a JSON object.")
-    return config
 
 
 def _download(model: str) -> Path:

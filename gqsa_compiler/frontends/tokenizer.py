@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from gqsa_compiler.errors import ModelError
+from gqsa_compiler.frontends.json_file import read_json
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json")
 
@@ -162,15 +163,7 @@ def _generation(directory: Path) -> Path:
 
 
 def _read_json(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        return {}
-    try:
-        fields = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ModelError(f"{path} cannot be read as JSON: {error}.") from error
-    if not isinstance(fields, dict):
-        raise ModelError(f"{path} does not hold a JSON object.")
-    return fields
+    return read_json(path) if path.is_file() else {}
 
 
 def _write_json(path: Path, fields: dict[str, Any]) -> None:

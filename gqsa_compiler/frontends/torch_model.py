@@ -11,7 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from gqsa_compiler.errors import ModelError
+from gqsa_compiler.frontends.fit import check_tensors
 from gqsa_compiler.frontends.source import ModelSource
+from gqsa_compiler.models.fields import IRRELEVANT
+from gqsa_compiler.models.registry import parse_config
 
 if TYPE_CHECKING:
     from gqsa_compiler.checkpoint import CheckpointReader
@@ -49,14 +52,17 @@ def build_model(source: ModelSource, dtype: torch.dtype = torch.float32) -> Any:
     Raises
     ------
     ModelError
-        transformers does not know the architecture.
+        The stored tensors are not those of the configuration, or transformers cannot build it.
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
     from gqsa_compiler.frontends._transformers import no_init_weights
 
-    ignored = ("model_type", "quantization_config", "dtype", "torch_dtype", "transformers_version")
-    fields = {key: value for key, value in source.config.items() if key not in ignored}
+    check_tensors(source, parse_config(source.config, str(source.path)))
+    # What the compiler does not read may have any value; transformers need not choke on it. A
+    # padding token only matters to training.
+    fields = {key: value for key, value in source.config.items() if key not in IRRELEVANT}
+    fields["pad_token_id"] = None
     try:
         config = AutoConfig.for_model(source.config["model_type"], **fields)
         with no_init_weights():

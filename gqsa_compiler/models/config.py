@@ -21,6 +21,9 @@ _ACTIVATIONS: Mapping[str, Activation] = {
     "relu": "relu",
 }
 
+MAX_LAYERS = 1000
+"""Far more than any published decoder has."""
+
 ConfigT = TypeVar("ConfigT", bound="DecoderConfig")
 
 
@@ -118,12 +121,12 @@ def read_common(fields: FieldReader, activation_field: str = "hidden_act") -> di
         "vocab_size": fields.integer("vocab_size"),
         "hidden_size": hidden,
         "intermediate_size": fields.integer("intermediate_size"),
-        "num_hidden_layers": fields.integer("num_hidden_layers"),
+        "num_hidden_layers": fields.integer("num_hidden_layers", maximum=MAX_LAYERS),
         "num_attention_heads": heads,
         "num_key_value_heads": kv_heads,
         "head_dim": head_dim,
         "max_position_embeddings": fields.integer("max_position_embeddings"),
-        "norm_eps": fields.number("rms_norm_eps", 1e-6),
+        "norm_eps": fields.number("rms_norm_eps", 1e-6, minimum=0.0),
         "activation": read_activation(fields, activation_field, "silu"),
         "tie_word_embeddings": fields.boolean("tie_word_embeddings", False),
         "attention_scale": head_dim**-0.5,
@@ -148,8 +151,10 @@ def read_layer_types(
     if value is None:
         return default
     names: Mapping[str, LayerKind] = {"full_attention": "full", "sliding_attention": "sliding"}
-    if not isinstance(value, list) or any(v not in names for v in value):
-        raise fields.error("layer_types", f"is {value!r}; supported are {', '.join(names)}")
+    if not isinstance(value, list) or any(not isinstance(v, str) or v not in names for v in value):
+        raise fields.error(
+            "layer_types", f"is {str(value)[:200]}; supported are {', '.join(names)}"
+        )
     if len(value) != num_layers:
         raise fields.error("layer_types", f"has {len(value)} entries for {num_layers} layers")
     return tuple(names[v] for v in value)

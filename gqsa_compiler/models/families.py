@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from gqsa_compiler.models.config import (
+    MAX_LAYERS,
     DecoderConfig,
     LayerKind,
     read_activation,
@@ -181,7 +182,7 @@ class Gemma3Config(DecoderConfig):
         rope, rope_local = _read_gemma_rope(fields, common["max_position_embeddings"])
         return {
             **common,
-            "attention_scale": fields.number("query_pre_attn_scalar") ** -0.5,
+            "attention_scale": fields.number("query_pre_attn_scalar", above=0.0) ** -0.5,
             "qkv_bias": bias,
             "output_bias": bias,
             "sliding_window": fields.integer("sliding_window") if "sliding" in kinds else None,
@@ -189,7 +190,7 @@ class Gemma3Config(DecoderConfig):
             "rope": rope,
             "rope_local": rope_local,
             "final_logit_softcapping": (
-                None if cap is None else fields.number("final_logit_softcapping")
+                None if cap is None else fields.number("final_logit_softcapping", above=0.0)
             ),
         }
 
@@ -247,7 +248,7 @@ class OPTConfig(DecoderConfig):
         heads = fields.integer("num_attention_heads")
         if hidden % heads:
             raise fields.error("hidden_size", f"= {hidden} is not a multiple of {heads} heads")
-        layers = fields.integer("num_hidden_layers")
+        layers = fields.integer("num_hidden_layers", maximum=MAX_LAYERS)
         fields.neutral("word_embed_proj_dim", hidden, None)
         fields.neutral("do_layer_norm_before", True)
         fields.neutral("_remove_final_layer_norm", False)

@@ -47,6 +47,10 @@ NEUTRAL: Mapping[str, tuple[Any, ...]] = {
 }
 """Fields of every family that are only understood at these values."""
 
+MAX_INTEGER = 2**31 - 1
+MAX_NUMBER = 1e38
+"""Sizes fit int32 and numbers float32 in what is compiled, so larger ones are mistakes."""
+
 _MISSING: Any = object()
 
 
@@ -74,16 +78,34 @@ class FieldReader:
             raise ModelError(f"The {self.family} configuration lacks {name!r}.")
         return value
 
-    def integer(self, name: str, default: Any = _MISSING, minimum: int = 1) -> int:
-        """Take an integer of at least `minimum`; null means the default."""
+    def integer(
+        self, name: str, default: Any = _MISSING, minimum: int = 1, maximum: int = MAX_INTEGER
+    ) -> int:
+        """Take an integer of `minimum` to `maximum`; null means the default."""
         value = self._typed(name, default, (int,), "an integer")
         if value < minimum:
-            raise self.error(name, f"must be at least {minimum}, not {value}")
+            raise self.error(name, f"must be at least {minimum}, not {_short(value)}")
+        if value > maximum:
+            raise self.error(name, f"must be at most {maximum}, not {_short(value)}")
         return int(value)
 
-    def number(self, name: str, default: Any = _MISSING) -> float:
-        """Take a number; null means the default."""
-        return float(self._typed(name, default, (int, float), "a number"))
+    def number(
+        self,
+        name: str,
+        default: Any = _MISSING,
+        *,
+        minimum: float = -MAX_NUMBER,
+        above: float | None = None,
+    ) -> float:
+        """Take a finite number of at least `minimum`, or `above` a limit; null is the default."""
+        value = self._typed(name, default, (int, float), "a number")
+        if not abs(value) <= MAX_NUMBER:  # NaN compares false
+            raise self.error(name, f"must be a finite number, not {_short(value)}")
+        if above is not None and value <= above:
+            raise self.error(name, f"must be more than {above:g}, not {_short(value)}")
+        if value < minimum:
+            raise self.error(name, f"must be at least {minimum:g}, not {_short(value)}")
+        return float(value)
 
     def boolean(self, name: str, default: Any = _MISSING) -> bool:
         """Take true or false; null means the default."""
@@ -103,8 +125,8 @@ class FieldReader:
         """Take a token id, a list of them or null, as a tuple."""
         value = self.raw(name, None)
         values = value if isinstance(value, list) else [] if value is None else [value]
-        if not all(type(v) is int for v in values):
-            raise self.error(name, f"must be a token id or a list of them, not {value!r}")
+        if not all(type(v) is int and 0 <= v <= MAX_INTEGER for v in values):
+            raise self.error(name, f"must be a token id or a list of them, not {_short(value)}")
         return tuple(values)
 
     def neutral(self, name: str, *allowed: Any) -> None:
@@ -113,7 +135,7 @@ class FieldReader:
         # 0 == False in Python; a config that says 0 for false means the same.
         if value not in allowed:
             wanted = " or ".join(repr(v) for v in allowed)
-            raise self.error(name, f"is {value!r}; only {wanted} is supported")
+            raise self.error(name, f"is {_short(value)}; only {wanted} is supported")
 
     def ignore(self, names: Iterable[str]) -> None:
         """Mark fields as known to be irrelevant."""
@@ -134,7 +156,7 @@ class FieldReader:
         if unknown:
             name = unknown[0]
             more = f" (and {len(unknown) - 1} more)" if len(unknown) > 1 else ""
-            raise self.error(name, f"= {self._fields[name]!r} is not understood{more}")
+            raise self.error(name, f"= {_short(self._fields[name])} is not understood{more}")
 
     def error(self, name: str, problem: str) -> ModelError:
         """Build the error about one field."""
@@ -149,5 +171,13 @@ class FieldReader:
             value = default
         is_wanted = isinstance(value, types) and (bool in types or not isinstance(value, bool))
         if not is_wanted:
-            raise self.error(name, f"must be {what}, not {value!r}")
+            raise self.error(name, f"must be {what}, not {_short(value)}")
         return value
+
+
+def _short(value: Any) -> str:
+    """Show a value, of whatever length, in a message."""
+    # repr() refuses integers of thousands of digits.
+    huge = isinstance(value, int) and value.bit_length() > 400
+    text = f"an integer of {value.bit_length()} bits" if huge else repr(value)
+    return text if len(text) <= 200 else f"{text[:200]}..."

@@ -16,9 +16,7 @@ from gqsa_compiler.models.layers import (
     linear,
     output_layer,
 )
-
-# The first two rows of OPT's position table are never used.
-POSITION_OFFSET = 2
+from gqsa_compiler.models.tensors import OPT_POSITION_OFFSET
 
 
 def layer_norm(config: DecoderConfig) -> nn.LayerNorm:
@@ -68,7 +66,7 @@ class OPTDecoder(nn.Module):
 
     def __init__(self, config: DecoderConfig) -> None:
         super().__init__()
-        positions = config.max_position_embeddings + POSITION_OFFSET
+        positions = config.max_position_embeddings + OPT_POSITION_OFFSET
         self.embed_tokens = Embedding(config.vocab_size, config.hidden_size)
         self.embed_positions = Embedding(positions, config.hidden_size)
         self.layers = nn.ModuleList([OPTLayer(config, i) for i in range(config.num_hidden_layers)])
@@ -104,7 +102,7 @@ class OPTForCausalLM(CausalLM):
     def hidden_states(self, tokens: nn.Tensor, kv: PagedKVCache) -> nn.Tensor:
         """See `CausalLM.hidden_states`."""
         decoder = self.model.decoder
-        rows = kv.get_query_positions(tokens.shape[0]) + POSITION_OFFSET
+        rows = kv.get_query_positions(tokens.shape[0]) + OPT_POSITION_OFFSET
         x = decoder.embed_tokens(tokens) + decoder.embed_positions(rows)
         for layer in decoder.layers:
             x = layer(x, kv)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
@@ -17,6 +17,13 @@ from gqsa_compiler.models.families import (
     OPTConfig,
     Qwen2Config,
     Qwen3Config,
+)
+from gqsa_compiler.models.tensors import (
+    NamedShape,
+    gemma3_tensors,
+    llama_tensors,
+    opt_tensors,
+    qwen3_tensors,
 )
 
 
@@ -32,12 +39,15 @@ class Architecture:
         Reads and checks the configuration.
     module, model_name : str
         Where the definition is. It is imported when it is asked for, since it loads TVM.
+    tensors : callable
+        Gives the names and shapes of a configuration's weights.
     """
 
     model_type: str
     config: type[DecoderConfig]
     module: str
     model_name: str
+    tensors: Callable[[DecoderConfig], Iterator[NamedShape]]
 
     def load_model_class(self) -> Any:
         """Import the definition: a subclass of `nn.Module` that takes (config, context_length)."""
@@ -50,12 +60,26 @@ ARCHITECTURES: Mapping[str, Architecture] = MappingProxyType(
     {
         record.model_type: record
         for record in (
-            Architecture("llama", LlamaConfig, f"{_PACKAGE}.llama", "LlamaForCausalLM"),
-            Architecture("mistral", MistralConfig, f"{_PACKAGE}.llama", "LlamaForCausalLM"),
-            Architecture("qwen2", Qwen2Config, f"{_PACKAGE}.llama", "LlamaForCausalLM"),
-            Architecture("qwen3", Qwen3Config, f"{_PACKAGE}.qwen3", "Qwen3ForCausalLM"),
-            Architecture("gemma3_text", Gemma3Config, f"{_PACKAGE}.gemma3", "Gemma3ForCausalLM"),
-            Architecture("opt", OPTConfig, f"{_PACKAGE}.opt", "OPTForCausalLM"),
+            Architecture(
+                "llama", LlamaConfig, f"{_PACKAGE}.llama", "LlamaForCausalLM", llama_tensors
+            ),
+            Architecture(
+                "mistral", MistralConfig, f"{_PACKAGE}.llama", "LlamaForCausalLM", llama_tensors
+            ),
+            Architecture(
+                "qwen2", Qwen2Config, f"{_PACKAGE}.llama", "LlamaForCausalLM", llama_tensors
+            ),
+            Architecture(
+                "qwen3", Qwen3Config, f"{_PACKAGE}.qwen3", "Qwen3ForCausalLM", qwen3_tensors
+            ),
+            Architecture(
+                "gemma3_text",
+                Gemma3Config,
+                f"{_PACKAGE}.gemma3",
+                "Gemma3ForCausalLM",
+                gemma3_tensors,
+            ),
+            Architecture("opt", OPTConfig, f"{_PACKAGE}.opt", "OPTForCausalLM", opt_tensors),
         )
     }
 )

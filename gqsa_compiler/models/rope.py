@@ -15,6 +15,9 @@ import numpy.typing as npt
 
 from gqsa_compiler.models.fields import FieldReader
 
+MIN_THETA = 1.0
+"""At a base of 1 every feature turns at the same speed, and YaRN divides by its logarithm."""
+
 RopeKind = Literal["default", "linear", "llama3", "yarn"]
 
 _KEYS: Mapping[str, frozenset[str]] = {
@@ -169,7 +172,7 @@ def combine_rope(
         As `read_rope`; or the two spellings differ: which one a model was trained with is
         anybody's guess.
     """
-    theta = fields.number(theta_field, default_theta)
+    theta = fields.number(theta_field, default_theta, above=MIN_THETA)
     if parameters is None:
         return _parse(fields, "rope_scaling", scaling, theta, max_positions)
     rope = _parse(fields, "rope_parameters", parameters, theta, max_positions)
@@ -193,7 +196,7 @@ def _parse(
         raise fields.error(where, f"must be an object, not {values!r}")
     scaling = {key: value for key, value in values.items() if value is not None}
     kind = scaling.get("rope_type", scaling.get("type", "default"))
-    if kind not in _KEYS:
+    if not isinstance(kind, str) or kind not in _KEYS:
         raise fields.error(where, f"has rope_type {kind!r}; supported are {', '.join(_KEYS)}")
     unknown = sorted(set(scaling) - _KEYS[kind] - _COMMON_KEYS)
     if kind == "default":
@@ -204,7 +207,7 @@ def _parse(
     if scaling.get("partial_rotary_factor", 1.0) != 1.0:
         raise fields.error(where, "rotates only a part of each head")
     numbers = FieldReader(f"{fields.family} {where}", scaling)
-    theta = numbers.number("rope_theta", theta)
+    theta = numbers.number("rope_theta", theta, above=MIN_THETA)
     if kind == "default":
         return RopeParameters(theta=theta)
     if kind == "yarn" and "factor" not in scaling:
@@ -217,7 +220,7 @@ def _parse(
         return RopeParameters("linear", theta, factor)
     if kind == "llama3":
         original = numbers.integer("original_max_position_embeddings")
-        low, high = numbers.number("low_freq_factor"), numbers.number("high_freq_factor")
+        low, high = (numbers.number(f"{band}_freq_factor", above=0.0) for band in ("low", "high"))
         if high <= low:
             raise fields.error(where, "has a high_freq_factor that is not above low_freq_factor")
         return RopeParameters("llama3", theta, factor, original, low, high)
@@ -227,8 +230,8 @@ def _parse(
         theta,
         factor,
         original,
-        beta_fast=numbers.number("beta_fast", 32.0) or 32.0,
-        beta_slow=numbers.number("beta_slow", 1.0) or 1.0,
+        beta_fast=numbers.number("beta_fast", 32.0, minimum=0.0) or 32.0,
+        beta_slow=numbers.number("beta_slow", 1.0, minimum=0.0) or 1.0,
         truncate=numbers.boolean("truncate", True),
         attention_factor=_yarn_attention_factor(numbers, scaling, factor),
     )
@@ -238,13 +241,13 @@ def _yarn_attention_factor(
     numbers: FieldReader, scaling: Mapping[str, Any], factor: float
 ) -> float:
     if "attention_factor" in scaling:
-        return numbers.number("attention_factor")
+        return numbers.number("attention_factor", above=0.0)
 
     def magnitude(mscale: float) -> float:
         return 1.0 if factor <= 1.0 else 0.1 * mscale * math.log(factor) + 1.0
 
-    mscale = numbers.number("mscale", 0.0)
-    mscale_all_dim = numbers.number("mscale_all_dim", 0.0)
+    mscale = numbers.number("mscale", 0.0, minimum=0.0)
+    mscale_all_dim = numbers.number("mscale_all_dim", 0.0, minimum=0.0)
     if mscale and mscale_all_dim:
         return magnitude(mscale) / magnitude(mscale_all_dim)
     return magnitude(1.0)

@@ -11,7 +11,8 @@ import sys
 import pytest
 import typer
 
-from gqsa_compiler.cli.command import Stopped, command, describe
+from gqsa_compiler.cli.command import command, describe
+from gqsa_compiler.cli.signals import Stopped
 from gqsa_compiler.errors import CheckpointError, UsageError
 from tests.cli.conftest import Gqsa
 

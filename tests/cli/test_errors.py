@@ -14,6 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from gqsa_compiler.cli import console
@@ -99,9 +100,53 @@ def test_unknown_architecture(
 
 
 @VERBS
-def test_gptq_checkpoint(gqsa: Gqsa, output: Path, words: tuple[str, ...], model: Path) -> None:
-    _edit(model / "config.json", quantization_config={"quant_method": "gptq", "bits": 4})
-    _refuses(gqsa, output, 1, "GPTQ checkpoint", *words, model)
+@pytest.mark.parametrize(
+    ("quantization", "kind"),
+    [
+        ({"quant_method": "gptq", "bits": 4}, "a GPTQ checkpoint"),
+        ({"quant_method": "awq", "bits": 4}, "an AWQ checkpoint"),
+        ({"quant_method": "compressed-tensors"}, "a compressed-tensors checkpoint"),
+        ({"quant_method": "bitsandbytes", "load_in_4bit": True}, "a bitsandbytes checkpoint"),
+        ({"quant_method": ["gptq"]}, "quantised checkpoint"),
+    ],
+)
+def test_other_quantisers(
+    gqsa: Gqsa,
+    output: Path,
+    words: tuple[str, ...],
+    model: Path,
+    quantization: dict[str, Any],
+    kind: str,
+) -> None:
+    _edit(model / "config.json", quantization_config=quantization)
+    _refuses(gqsa, output, 1, kind, *words, model)
+
+
+@VERBS
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"max_position_embeddings": 0}, "'max_position_embeddings' must be at least 1"),
+        ({"hidden_act": "mish"}, "'hidden_act' is 'mish'; supported are"),
+        ({"rope_parameters": {"rope_type": "ntk"}}, "has rope_type 'ntk'; supported are"),
+        ({"tie_word_embeddings": "no"}, "'tie_word_embeddings' must be true or false"),
+        ({"rms_norm_eps": float("nan")}, "'rms_norm_eps' must be a finite number"),
+        ({"num_hidden_layers": 1_000_000}, "'num_hidden_layers' must be at most 1000"),
+        ({"num_hidden_layers": 999}, "lacks the tensor 'model.layers.2."),
+        ({"hidden_size": 10**30}, "'hidden_size' must be at most"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_configuration_fields(
+    gqsa: Gqsa,
+    output: Path,
+    words: tuple[str, ...],
+    model: Path,
+    fields: dict[str, Any],
+    message: str,
+) -> None:
+    _edit(model / "config.json", **fields)
+    _refuses(gqsa, output, 1, message, *words, model)
 
 
 @VERBS
@@ -189,6 +234,66 @@ def test_the_output_exists(
         assert str(output) in done.error
         assert (output / "diary.txt").read_text() == "mine"
         assert _left(output) == ["out"]
+
+
+@pytest.mark.parametrize("verb", ["compress", "compile"])
+def test_the_model_survives_overwrite(
+    gqsa: Gqsa, verb: str, model: Path, compressed: Path, tmp_path: Path
+) -> None:
+    given = model if verb == "compress" else compressed
+    files = sorted(given.iterdir())
+    mark = {"quantization_config": {"quant_method": "gqsa"}}
+    (given.parent / "config.json").write_text(json.dumps(mark))
+    (tmp_path / "link").symlink_to(given)
+    for output in (given, given.parent, tmp_path / "link"):
+        done = gqsa(verb, given, "-o", output, "--overwrite")
+        assert done.code == 2
+        assert f"the input {given}" in done.error
+        assert sorted(given.iterdir()) == files
+
+
+def test_another_model_survives_overwrite(gqsa: Gqsa, checkpoint: Path, model: Path) -> None:
+    files = sorted(model.iterdir())
+    done = gqsa("compile", checkpoint, "-o", model, "--overwrite")
+    assert (done.code, "is not overwritten" in done.error) == (2, True)
+    assert sorted(model.iterdir()) == files
+
+
+def test_the_calibration_text_survives_overwrite(gqsa: Gqsa, dense: Path, compressed: Path) -> None:
+    text = compressed / "text.txt"
+    text.write_text("many words")
+    done = gqsa("compress", dense, "-o", compressed, "--calibration", text, "--overwrite")
+    assert (done.code, f"contains the input {text}" in done.error) == (2, True)
+    assert text.exists()
+
+
+def test_the_interface_protects_the_model(compressed: Path, model: Path) -> None:
+    from gqsa_compiler.compile import compile_model
+    from gqsa_compiler.compress import compress_model
+    from gqsa_compiler.errors import UsageError
+
+    with pytest.raises(UsageError, match="is the input"):
+        compile_model(str(compressed), compressed, overwrite=True)
+    with pytest.raises(UsageError, match="is the input"):
+        compress_model(str(model), model, "w4s30g16", overwrite=True)
+    for given in (compressed, model):
+        assert (given / "model.safetensors").exists()
+
+
+def test_eval_refuses_what_compile_refuses(
+    gqsa: Gqsa, output: Path, compressed: Path, tmp_path: Path
+) -> None:
+    from safetensors.numpy import load_file, save_file
+
+    file = compressed / "model.safetensors"
+    bias = {"model.layers.1.mlp.up_proj.bias": np.ones(96, np.float32)}
+    save_file({**load_file(file), **bias}, file)
+    message = "has the tensor 'model.layers.1.mlp.up_proj.bias'"
+    _refuses(gqsa, output, 1, message, "compile", compressed)
+    text = tmp_path / "text.txt"
+    text.write_text("The quick brown fox jumps over the lazy dog. " * 20)
+    done = gqsa("eval", compressed, "--text", text)
+    assert (done.code, message in done.error) == (1, True)
 
 
 def _at(monkeypatch: pytest.MonkeyPatch, stage: str, act: Callable[[], None]) -> list[str]:

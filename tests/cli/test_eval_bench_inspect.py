@@ -17,6 +17,8 @@ from gqsa_compiler.bandwidth import (
     measure_read_bandwidth,
 )
 from tests.cli.conftest import Gqsa
+from tests.tiny_checkpoints import make_checkpoint
+from tests.tiny_models import make_tiny
 
 TEXT = "the cat and the other cat " * 12
 
@@ -99,7 +101,11 @@ def test_bench_table(gqsa: Gqsa, toy_artefact: Path) -> None:
 def test_bench_beyond_the_context(gqsa: Gqsa, toy_artefact: Path) -> None:
     done = gqsa("bench", toy_artefact, "--prompt", "90", "--gen", "20")
     assert done.code == 2
-    assert "need a context of 111" in done.error
+    assert "need a context of 110" in done.error
+    # Room for exactly this many.
+    words = ("--prompt", "90", "--gen", "6", "--repeats", "1", "--json")
+    assert gqsa("bench", toy_artefact, *words).json["gen"] == 6
+    assert gqsa("bench", toy_artefact, "--prompt", "90", "--gen", "7").code == 2
 
 
 def test_read_bandwidth_is_that_of_memory() -> None:
@@ -162,3 +168,38 @@ def test_inspect_what_is_neither(gqsa: Gqsa, tmp_path: Path) -> None:
     assert (missing.code, "does not exist" in missing.error) == (2, True)
     other = gqsa("inspect", tmp_path)
     assert (other.code, "neither a GQSA checkpoint" in other.error) == (1, True)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        (b'{"quantization_config": {"quant_method": "gqsa"}, "a": 1, "a": 2}', "'a' twice"),
+        (b'{"quantization_config": {"quant_method": "gqsa\xff"}}', "not valid JSON"),
+        (b"[" * 100_000, "not valid JSON"),
+    ],
+)
+def test_inspect_names_the_damage_in_config_json(
+    gqsa: Gqsa, tmp_path: Path, text: bytes, words: str
+) -> None:
+    (tmp_path / "config.json").write_bytes(text)
+    done = gqsa("inspect", tmp_path)
+    assert done.code == 1
+    assert words in done.error
+    assert str(tmp_path / "config.json") in done.error
+
+
+def test_inspect_an_incomplete_checkpoint(gqsa: Gqsa, tmp_path: Path) -> None:
+    dense = make_tiny("llama", tmp_path / "dense", num_hidden_layers=1)
+    checkpoint = make_checkpoint(dense, tmp_path / "checkpoint")
+    assert gqsa("inspect", checkpoint).code == 0
+    config = json.loads((checkpoint / "config.json").read_text())
+    (checkpoint / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 2}))
+    done = gqsa("inspect", checkpoint)
+    assert done.code == 1
+    assert "lacks the tensor" in done.error
+
+
+def test_seeds_are_not_negative(gqsa: Gqsa, tmp_path: Path) -> None:
+    done = gqsa("compress", tmp_path, "-o", tmp_path / "out", "--seed", "-1")
+    assert done.code == 2
+    assert "--seed" in done.error

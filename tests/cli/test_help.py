@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import os
 import resource
+import signal
 import subprocess
 import sys
 
 import pytest
 
-from gqsa_compiler.cli.main import VERBS, main_compile
+from gqsa_compiler.cli.app import VERBS
+from gqsa_compiler.cli.main import main_compile
 from tests.cli.conftest import Gqsa
 
 _HEAVY = {"torch", "tvm", "tvm_ffi", "transformers", "numpy", "safetensors", "scipy", "onnx"}
@@ -70,3 +73,18 @@ def test_gqsa_compile_is_the_verb_alone(capsys: pytest.CaptureFixture[str]) -> N
     out = capsys.readouterr().out
     assert "Usage: gqsa-compile" in out
     assert "--target" in out
+
+
+@pytest.mark.parametrize("words", [["--help"], ["run", "--help"], ["--version"]])
+def test_a_reader_that_is_gone(words: list[str]) -> None:
+    """`gqsa --help | head -1` ends as every program does whose reader leaves."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    code = "import sys; from gqsa_compiler.cli.main import main; sys.exit(main())"
+    try:
+        done = subprocess.run(
+            [sys.executable, "-c", code, *words], stdout=writer, stderr=subprocess.PIPE, text=True
+        )
+    finally:
+        os.close(writer)
+    assert (done.returncode, done.stderr) == (128 + signal.SIGPIPE, "")

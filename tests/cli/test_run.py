@@ -10,11 +10,13 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from gqsa_compiler import runtime
+from gqsa_compiler.errors import UsageError
 from tests.cli.conftest import Gqsa
 
 _GQSA = [
@@ -202,3 +204,83 @@ def test_on_a_terminal_the_answer_ends_with_a_line_break(toy_artefact: Path) -> 
     time.sleep(0.1)
     assert os.read(main_end, 4096).endswith(b"\n")
     os.close(main_end)
+
+
+def _shell(line: str, artefact: Path, data: bytes = b"") -> subprocess.CompletedProcess[bytes]:
+    """Run `gqsa` ("$@") and the artefact ("$0") in a line of shell."""
+    return subprocess.run(
+        ["bash", "-c", line, str(artefact), *_GQSA], input=data, capture_output=True, timeout=60
+    )
+
+
+@pytest.mark.parametrize(
+    ("line", "code", "out", "words"),
+    [
+        ('"$@" run "$0" <&-', 2, b"", b"prompt is empty"),
+        ('"$@" chat "$0" <&-', 0, b"", b""),
+        ('"$@" run "$0" -p hi --max-tokens 2 >&-', 0, b"", b"tokens/s"),
+        ('"$@" run "$0" -p hi --max-tokens 2 --temperature 0 2>&-', 0, None, b""),
+        ('"$@" run "$0" 0<&- 1>&- 2>&-', 2, b"", b""),
+    ],
+)
+def test_closed_streams(
+    toy_artefact: Path, line: str, code: int, out: bytes | None, words: bytes
+) -> None:
+    done = _shell(line, toy_artefact)
+    assert done.returncode == code, done.stderr
+    assert words in done.stderr
+    assert b"Unexpected" not in done.stderr
+    if out is None:
+        with runtime.load(toy_artefact) as model:
+            out = model.generate("hi", max_tokens=2, temperature=0).text.encode()
+    assert done.stdout == out
+
+
+@pytest.mark.parametrize("locale", ["C", "C.UTF-8"])
+@pytest.mark.parametrize(
+    "line",
+    [
+        '"$@" run "$0"',
+        '"$@" run "$0" --chat',
+        '"$@" run "$0" -p $\'a\\xff\\xfeb\'',
+        '"$@" chat "$0"',
+        '"$@" chat "$0" --system $\'a\\xffb\'',
+    ],
+)
+def test_prompts_that_are_not_utf8(toy_artefact: Path, line: str, locale: str) -> None:
+    done = _shell(f"export LC_ALL={locale}; {line}", toy_artefact, b"\xff\xfe\x80abc\n")
+    assert b"is not UTF-8" in done.stderr
+    assert b"Unexpected" not in done.stderr
+    assert done.returncode == 2
+
+
+@pytest.mark.parametrize("file", ["<(printf 'the end')", "/dev/stdin"])
+def test_the_prompt_comes_from_a_pipe(gqsa: Gqsa, toy_artefact: Path, file: str) -> None:
+    words = ("--max-tokens", "8", "--temperature", "0")
+    expected = gqsa("run", toy_artefact, "-p", "the end", *words).out
+    done = _shell(f'"$@" run "$0" {" ".join(words)} -f {file}', toy_artefact, b"the end")
+    assert (done.returncode, done.stdout.decode()) == (0, expected)
+
+
+def test_the_prompt_comes_from_the_null_device(gqsa: Gqsa, toy_artefact: Path) -> None:
+    done = gqsa("run", toy_artefact, "-f", "/dev/null")
+    assert (done.code, "prompt is empty" in done.error) == (2, True)
+
+
+def test_an_interrupted_answer_is_no_stop(
+    gqsa: Gqsa, toy_artefact: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A chat that went on after Ctrl-C and fails later has its own exit code."""
+
+    def lines() -> Iterator[str]:
+        yield "hi"
+        raise UsageError("The second line is bad.")
+
+    def interrupted(self: object) -> str:
+        signal.raise_signal(signal.SIGINT)
+        raise AssertionError
+
+    monkeypatch.setattr("gqsa_compiler.cli.chat._lines", lines)
+    monkeypatch.setattr("gqsa_compiler.runtime.model.TextStream.__next__", interrupted)
+    done = gqsa("chat", toy_artefact)
+    assert (done.code, done.error) == (2, "The second line is bad.")

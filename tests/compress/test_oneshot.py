@@ -14,8 +14,8 @@ from gqsa_compiler.compress.oneshot import (
     GroupedWeight,
     MaskedSolver,
     compress_rows,
-    round_weight,
 )
+from gqsa_compiler.compress.quantizer import fit_grid, round_to_grid
 from gqsa_compiler.compress.recipe import parse_recipe
 from gqsa_compiler.errors import ModelError
 
@@ -42,7 +42,11 @@ def output_error(weight: Tensor, dense: Tensor, inputs: Tensor) -> float:
 
 
 def plain(weight: Tensor, keep: Tensor) -> Tensor:
-    return round_weight(weight, G) * keep.repeat_interleave(G, 1)
+    """Return `weight` rounded to the nearest on 4-bit grids, without any compensation."""
+    parts = weight.reshape(len(weight), -1, G)
+    scale, zero = fit_grid(parts)
+    rounded = round_to_grid(parts, scale[..., None], zero[..., None]).reshape(weight.shape)
+    return rounded * keep.repeat_interleave(G, 1)
 
 
 @pytest.mark.parametrize("balance", ["matrix", "row"])

@@ -39,6 +39,11 @@ def test_sparsity_is_a_share() -> None:
         ("w4s30g16x", "not a recipe"),
         ("W4S30G16", "not a recipe"),
         ("", "not a recipe"),
+        ("w4s٣٠g16", "not a recipe"),
+        ("w4s030g16", "not a recipe"),
+        ("w04s30g16", "not a recipe"),
+        ("w4s30g016", "not a recipe"),
+        ("w4s30g16\n", "not a recipe"),
     ],
 )
 def test_refuses_what_it_cannot_do(name: str, message: str) -> None:

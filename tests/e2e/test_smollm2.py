@@ -12,12 +12,12 @@ import pytest
 import torch
 
 from gqsa_compiler import compile as gqsa_compile
+from gqsa_compiler import compress as gqsa_compress
 from gqsa_compiler import runtime
 from gqsa_compiler.evaluate import perplexity
 from gqsa_compiler.frontends.source import resolve
 from gqsa_compiler.frontends.torch_model import load_checkpoint_dense
 from tests.e2e.test_parity import TOLERANCE, relative_error
-from tests.tiny_checkpoints import make_checkpoint
 
 pytestmark = pytest.mark.slow
 
@@ -37,9 +37,10 @@ PROMPTS = (
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return SmolLM2-135M with the tenth of its groups that is smallest dropped."""
+    """Return SmolLM2-135M compressed as the demo does, on a quarter of the calibration text."""
     folder = tmp_path_factory.mktemp("smollm2")
-    return make_checkpoint("smollm2-135m", folder / "checkpoint", sparsity=0.1)
+    gqsa_compress("smollm2-135m", folder / "checkpoint", "w4s10g16", samples=32)
+    return folder / "checkpoint"
 
 
 @pytest.fixture(scope="module")
@@ -72,8 +73,8 @@ def test_logits_agree(model: runtime.Model, reference: Any, artefact: Path, alic
 
 
 def test_perplexity_agrees(checkpoint: Path, artefact: Path, alice: Path) -> None:
-    theirs = perplexity(str(checkpoint), alice, CONTEXT, limit=4)
-    ours = perplexity(str(artefact), alice, CONTEXT, limit=4)
+    theirs = perplexity(str(checkpoint), alice.read_text(), CONTEXT, limit=4)
+    ours = perplexity(str(artefact), alice.read_text(), CONTEXT, limit=4)
     assert ours.tokens == theirs.tokens == 4 * (CONTEXT - 1)
     assert abs(ours.perplexity / theirs.perplexity - 1) < 5e-3
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -13,6 +14,8 @@ from gqsa_compiler._tvm import relax, tvm
 from gqsa_compiler.errors import ModelError, UsageError
 from gqsa_compiler.frontends.hf import DEFAULT_CONTEXT, ImportedModel, import_model
 from gqsa_compiler.frontends.source import resolve
+from gqsa_compiler.models.layers import CausalLM
+from gqsa_compiler.models.registry import architecture, parse_config
 from tests.tiny_models import FAMILIES, VOCAB_SIZE, make_tiny
 
 LAYERS = 2
@@ -57,6 +60,37 @@ def test_module(family: str, tiny: dict[str, Path]) -> None:
     model = imported.model
     assert (model.num_layers, model.vocab_size, model.context_length) == (2, VOCAB_SIZE, 32)
     assert (model.bos_token_id, model.eos_token_ids) == (1, (2,))
+
+
+@pytest.mark.parametrize("biases", [False, True], ids=["as it is", "other biases"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_list_of_tensors_is_that_of_the_definition(
+    family: str, biases: bool, tiny: dict[str, Path]
+) -> None:
+    fields = resolve(str(tiny[family])).config
+    if biases:
+        more = {"llama": ["attention_bias", "mlp_bias"], "opt": ["enable_bias"]}
+        fields |= {"tie_word_embeddings": not fields["tie_word_embeddings"]}
+        fields |= dict.fromkeys(more.get(family, []), family != "opt")
+    config = parse_config(fields, family)
+    record = architecture(config.model_type, family)
+    definition = record.load_model_class()(config, 32)
+    built = {name: tuple(map(int, p.shape)) for name, p in definition.named_parameters()}
+    listed = list(record.tensors(config))
+    assert len(listed) == len(dict(listed))
+    assert dict(listed) == {k: v for k, v in built.items() if not k.startswith("rope.")}
+
+
+def test_layers_that_are_not_there_are_missed_at_once(tmp_path: Path) -> None:
+    """Not after a definition of all the layers that config.json makes up was built."""
+    directory = make_tiny("llama", tmp_path / "m", num_hidden_layers=1)
+    config = json.loads((directory / "config.json").read_text())
+    (directory / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 1000}))
+    with (
+        mock.patch.object(CausalLM, "export_tvm", side_effect=AssertionError("built")),
+        pytest.raises(ModelError, match=r"lacks the tensor 'model\.layers\.1\."),
+    ):
+        load(directory)
 
 
 def matmuls(imported: ImportedModel) -> int:

@@ -88,7 +88,9 @@ def test_shards(llama: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("index", "message"),
     [
-        ("{", "has no usable weight_map"),
+        ("{", "cannot be read as JSON"),
+        ("[" * 100_000, "cannot be read as JSON: maximum recursion"),
+        ('{"weight_map": []}', "has no usable weight_map"),
         ("{}", "has no usable weight_map"),
         ('{"weight_map": {"a": "../model.safetensors"}}', "is missing"),
         ('{"weight_map": {"a": "/etc/passwd"}}', "is missing"),
@@ -221,7 +223,7 @@ def test_directories_that_are_no_model(llama: Path, tmp_path: Path) -> None:
     refused(variant(llama, tmp_path / "mamba", model_type="mamba"), "model_type 'mamba'; supported")
     refused(variant(llama, tmp_path / "none", model_type=None), "has no model_type; supported are")
     refused(variant(llama, tmp_path / "odd", frob=1), "'frob' = 1 is not understood")
-    for number, text in enumerate(("{", "[1]")):
+    for number, text in enumerate(("{", "[1]", "[" * 100_000, '{"a":' * 100_000)):
         broken = variant(llama, tmp_path / f"broken{number}")
         (broken / "config.json").write_text(text)
         refused(broken, r"config\.json (cannot be read as JSON|does not hold)")
@@ -280,6 +282,7 @@ def test_other_quantisers_by_their_files(llama: Path, tmp_path: Path) -> None:
             ("quantize_config.json", '{"bits": 4, "group_size": 128}', "a GPTQ"),
             ("quant_config.json", '{"w_bit": 4, "q_group_size": 128}', "an AWQ"),
             ("quantize_config.json", "{", "a GPTQ"),
+            ("quantize_config.json", "[" * 100_000, "a GPTQ"),
             ("mlc-chat-config.json", "{}", "an MLC-LLM"),
         )
     ):

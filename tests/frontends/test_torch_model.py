@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from unittest import mock
 
@@ -16,10 +17,12 @@ from gqsa_compiler.frontends.source import resolve
 from gqsa_compiler.frontends.torch_model import (
     load_checkpoint_dense,
     load_dense,
+    load_parameters,
     stored_dtype,
     to_numpy,
     to_torch,
 )
+from tests.tiny_checkpoints import make_checkpoint
 from tests.tiny_models import FAMILIES, make_tiny
 
 
@@ -80,25 +83,52 @@ def test_a_dense_source_is_no_checkpoint(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("replacement", "message"),
+    ("changes", "message"),
     [
-        (None, r"has no tensor 'model\.norm\.weight', which the model needs"),
-        (torch.ones(63), r"model\.norm\.weight has shape \[63\], but config\.json asks for \[64\]"),
+        ({"model.norm.weight": None}, r"lacks the tensor 'model\.norm\.weight'"),
+        (
+            {"model.norm.weight": torch.ones(63)},
+            r"model\.norm\.weight has the shape \[63\], but config\.json asks for \[64\]",
+        ),
+        ({"foo.bar": torch.ones(2)}, r"has the tensor 'foo\.bar', which a llama model"),
+        ({"model.layers.3.mlp.up_proj.weight": torch.ones(96, 64)}, r"has .*layers\.3\.mlp"),
+        ({"model.layers.1.mlp.up_proj.bias": torch.ones(96)}, r"has .*up_proj\.bias"),
     ],
 )
 def test_weights_that_do_not_fit(
-    tmp_path: Path, replacement: torch.Tensor | None, message: str
+    tmp_path: Path, changes: dict[str, torch.Tensor | None], message: str
 ) -> None:
     from safetensors.torch import load_file, save_file
 
     path = make_tiny("llama", tmp_path / "m")
-    tensors = load_file(path / "model.safetensors")
-    del tensors["model.norm.weight"]
-    if replacement is not None:
-        tensors["model.norm.weight"] = replacement
-    save_file(tensors, path / "model.safetensors", {"format": "pt"})
+    tensors = {**load_file(path / "model.safetensors"), **changes}
+    kept = {name: tensor for name, tensor in tensors.items() if tensor is not None}
+    save_file(kept, path / "model.safetensors", {"format": "pt"})
     with pytest.raises(ModelError, match=message):
         load_dense(resolve(str(path)))
+    checkpoint = make_checkpoint(path, tmp_path / "c")
+    with pytest.raises(ModelError, match=message):
+        load_checkpoint_dense(resolve(str(checkpoint)))
+
+
+def test_a_module_that_is_not_the_stored_one(tmp_path: Path) -> None:
+    source = resolve(str(make_tiny("llama", tmp_path / "m", num_hidden_layers=1)))
+    with pytest.raises(
+        ModelError, match=r"has no tensor 'model\.norm\.bias', which the model needs"
+    ):
+        load_parameters(torch.nn.LayerNorm(64), "model.norm", source)
+    with pytest.raises(ModelError, match=r"has shape \[64\], but config\.json asks for \[63\]"):
+        load_parameters(torch.nn.LayerNorm(63, bias=False), "model.norm", source)
+
+
+def test_fields_that_the_compiler_does_not_read_do_not_matter(tmp_path: Path) -> None:
+    """Transformers checks their types, and refuses a padding token outside the vocabulary."""
+    path = make_tiny("opt", tmp_path / "m", num_hidden_layers=1)
+    config = json.loads((path / "config.json").read_text())
+    odd = {"pad_token_id": 10**6, "initializer_range": "x", "id2label": 5, "architectures": 3}
+    (path / "config.json").write_text(json.dumps({**config, **odd}))
+    model, _ = load_dense(resolve(str(path)))
+    assert torch.isfinite(model(torch.tensor([[1, 2, 3]])).logits).all()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])

@@ -28,6 +28,13 @@ OPT: dict[str, Any] = {
     "num_attention_heads": 4,
 }
 
+NAN, INFINITY = float("nan"), float("inf")
+YARN: dict[str, Any] = {"rope_type": "yarn", "factor": 2.0}
+LLAMA3: dict[str, Any] = {
+    "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}  # fmt: skip
+
 
 def parse(family: str, **fields: Any) -> DecoderConfig:
     base = OPT if family == "opt" else BASE
@@ -81,6 +88,32 @@ def test_unknown_field_is_named(family: str) -> None:
         ("llama", {"hidden_act": "mish"}, "'hidden_act' is 'mish'; supported are silu"),
         ("llama", {"hidden_act": 1}, "'hidden_act' must be a string"),
         ("llama", {"rms_norm_eps": "small"}, "'rms_norm_eps' must be a number"),
+        ("llama", {"rms_norm_eps": NAN}, "'rms_norm_eps' must be a finite number, not nan"),
+        ("llama", {"rms_norm_eps": INFINITY}, "'rms_norm_eps' must be a finite number"),
+        ("llama", {"rms_norm_eps": 10**400}, "must be a finite number, not an integer of 1329"),
+        ("llama", {"rms_norm_eps": -1}, "'rms_norm_eps' must be at least 0, not -1"),
+        ("llama", {"rope_theta": 0}, "'rope_theta' must be more than 1, not 0"),
+        ("llama", {"rope_theta": -3.0}, "'rope_theta' must be more than 1, not -3"),
+        ("llama", {"rope_parameters": {"rope_theta": NAN}}, "'rope_theta' must be a finite"),
+        ("llama", {"rope_scaling": {"type": "ntk"}}, "has rope_type 'ntk'; supported are default"),
+        ("llama", {"rope_scaling": {"type": ["yarn"]}}, r"has rope_type \['yarn'\]; supported"),
+        ("llama", {"rope_scaling": "yarn"}, "'rope_scaling' must be an object, not 'yarn'"),
+        ("llama", {"rope_scaling": {**LLAMA3, "low_freq_factor": 0}}, "'low_freq_factor' must be"),
+        ("llama", {"rope_scaling": {**YARN, "factor": INFINITY}}, "'factor' must be a finite"),
+        ("llama", {"rope_scaling": {**YARN, "beta_fast": -1}}, "'beta_fast' must be at least 0"),
+        ("llama", {"rope_scaling": {**YARN, "mscale": -9}}, "'mscale' must be at least 0"),
+        ("llama", {"rope_scaling": {**YARN, "attention_factor": 0}}, "must be more than 0"),
+        ("llama", {"max_position_embeddings": 0}, "'max_position_embeddings' must be at least 1"),
+        ("llama", {"max_position_embeddings": -1}, "must be at least 1, not -1"),
+        ("llama", {"max_position_embeddings": None}, "must be an integer, not None"),
+        ("llama", {"num_hidden_layers": 1_000_000}, "must be at most 1000, not 1000000"),
+        ("opt", {"num_hidden_layers": 1_000_000}, "must be at most 1000, not 1000000"),
+        ("llama", {"hidden_size": 10**30}, "'hidden_size' must be at most 2147483647, not 1000"),
+        ("llama", {"hidden_size": 10**400}, "must be at most 2147483647, not an integer of 1329"),
+        ("llama", {"frob": "x" * 1000}, r"= 'x{199}\.\.\. is not understood"),
+        ("llama", {"tie_word_embeddings": "false"}, "must be true or false, not 'false'"),
+        ("llama", {"bos_token_id": -1}, "'bos_token_id' must be a token id"),
+        ("llama", {"eos_token_id": 10**30}, "'eos_token_id' must be a token id"),
         ("llama", {"eos_token_id": ["x"]}, "'eos_token_id' must be a token id"),
         ("llama", {"rope_interleaved": True}, "'rope_interleaved' is True; only False"),
         ("llama", {"partial_rotary_factor": 0.5}, "'partial_rotary_factor' is 0.5"),
@@ -89,9 +122,13 @@ def test_unknown_field_is_named(family: str) -> None:
         ("llama", {"a": 1, "b": 2}, r"'a' = 1 is not understood \(and 1 more\)"),
         ("qwen2", {"layer_types": ["full_attention"]}, "'layer_types' has 1 entries for 4"),
         ("qwen2", {"layer_types": ["linear_attention"] * 4}, "'layer_types' is"),
+        ("qwen2", {"layer_types": [["full_attention"]] * 4}, "'layer_types' is"),
         ("qwen2", {"layer_types": ["sliding_attention"] * 4}, "no window is in use"),
         ("qwen2", {"use_mrope": True}, "'use_mrope' is True"),
         ("gemma3_text", {"attn_logit_softcapping": 50.0}, "'attn_logit_softcapping' is 50.0"),
+        ("gemma3_text", {"query_pre_attn_scalar": 0}, "must be more than 0, not 0"),
+        ("gemma3_text", {"query_pre_attn_scalar": -4}, "must be more than 0, not -4"),
+        ("gemma3_text", {"final_logit_softcapping": 0.0}, "must be more than 0, not 0.0"),
         ("gemma3_text", {"use_bidirectional_attention": True}, "'use_bidirectional_attention'"),
         ("gemma3_text", {"rope_parameters": {"rope_type": "default"}}, "'rope_parameters' must"),
         ("opt", {"word_embed_proj_dim": 32}, "'word_embed_proj_dim' is 32; only 64"),

@@ -73,6 +73,21 @@ def test_refusals_and_the_sandbox(source: str, words: str) -> None:
         ChatTemplate(source, {}).render(MESSAGES)
 
 
+@pytest.mark.parametrize(
+    ("source", "words"),
+    [
+        ("{{ 1/0 }}", "fails: ZeroDivisionError: division by zero"),
+        ("{% for i in range(10**10) %}{% endfor %}", "fails: OverflowError: Range too big"),
+        ("{{ messages.x.y() }}{{ 'a'.join(3 for _ in 4) }}", "refuses|not valid"),
+        ("{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}", "fails: RecursionError"),
+        ("{{ " + "(" * 5000 + "1" + ")" * 5000 + " }}", "not valid"),
+    ],
+)
+def test_templates_that_fail(source: str, words: str) -> None:
+    with pytest.raises((ArtefactError, UsageError), match=words):
+        ChatTemplate(source, {}).render(MESSAGES)
+
+
 def test_no_messages_and_bad_syntax() -> None:
     with pytest.raises(UsageError, match="has no messages"):
         ChatTemplate("x", {}).render([])

@@ -129,6 +129,42 @@ def test_bad_tokens(session: Session, tokens: list[int], words: str) -> None:
 
 
 @pytest.mark.parametrize(
+    ("sequences", "tokens", "words"),
+    [
+        ([0], list(range(32)), "32 tokens for 1 sequences"),
+        ([0], [1, 2], "2 tokens for 1 sequences"),
+        ([0, 1], [1], "1 tokens for 2 sequences"),
+        ([], [1], "1 tokens for 0 sequences"),
+        ([], [], "empty"),
+        ([0, 0], [1, 1], "named twice"),
+        ([9], [1], "no sequence 9999999"),
+    ],
+)
+def test_bad_decodes(session: Session, sequences: list[int], tokens: list[int], words: str) -> None:
+    opened = [session.add(), session.add()]
+    for sequence in opened:
+        session.prefill(sequence, TEXT[:4])
+    asked = [opened[i] if i < len(opened) else 9_999_999 + i - 9 for i in sequences]
+    with pytest.raises(UsageError, match=words):
+        session.decode(asked, tokens)
+    assert [session.length(sequence) for sequence in opened] == [4, 4]
+
+
+def test_unknown_sequences(session: Session) -> None:
+    with pytest.raises(UsageError, match="no sequence 12345"):
+        session.length(12345)
+    with pytest.raises(UsageError, match="no sequence 12345"):
+        session.prefill(12345, [1])
+
+
+def test_a_cache_that_does_not_fit(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    """TVM says std::bad_alloc."""
+    monkeypatch.setattr("gqsa_compiler.runtime.engine._limit", lambda *_: 1 << 40)
+    with pytest.raises(UsageError, match=r"GB\) cannot be made: .* smaller context"):
+        model.session()
+
+
+@pytest.mark.parametrize(
     ("limits", "words"),
     [
         ({"threads": 0}, "threads is 0 and this process may use"),

@@ -30,6 +30,7 @@ def test_round_trip(artefact: Path, tmp_path: Path) -> None:
         (lambda m: m.update(format="onnx"), "not the manifest of a GQSA artefact"),
         (lambda m: m.update(format_version=2), "version 2 and this runtime reads version 1"),
         (lambda m: m.update(format_version=True), "format version True"),
+        (lambda m: m.update(format_version=1.0), "format version 1.0"),
         (lambda m: m.pop("format_version"), "format version None"),
         (lambda m: m.pop("target"), "has no target"),
         (lambda m: m["model"].pop("prefill_chunk"), "has no model.prefill_chunk"),
@@ -42,6 +43,16 @@ def test_round_trip(artefact: Path, tmp_path: Path) -> None:
         (lambda m: m["parameters"][0].update(shape=[1, "x"]), r"parameters\[0\].shape\[1\]"),
         (lambda m: m["parameters"].append(m["parameters"][0]), "lists a parameter twice"),
         (lambda m: m.update(parameters={}), "parameters should be a list"),
+        (lambda m: m.update(parameters=[]), "no parameter has that many"),
+        (lambda m: m["model"].update(vocab_size=10**7), "no parameter has that many"),
+        (lambda m: m["model"].update(vocab_size=10**9), "vocab_size is 1000000000 and must be at"),
+        (lambda m: m["model"].update(context_length=2**31 - 1), "context_length .* at most"),
+        (lambda m: m["model"].update(context_length=10**30), "does not fit into 64 bits"),
+        (lambda m: m["model"].update(prefill_chunk=10**9), "prefill_chunk .* at most"),
+        (lambda m: m["kv_cache"].update(page_size=10**9), "page_size .* at most"),
+        (lambda m: m["kv_cache"].update(page_size=1), "page_size is 1 and must be a multiple"),
+        (lambda m: m["kv_cache"].update(page_size=3), "page_size is 3 and must be a multiple"),
+        (lambda m: m.update(bytes_per_token=10**400), "bytes_per_token does not fit"),
         (lambda m: m.update(parameters_file="../x"), "not a plain name"),
         (lambda m: m["library"].update(file="/bin/sh"), "not a plain name"),
     ],
@@ -50,6 +61,15 @@ def test_what_does_not_fit_is_refused(copy: Path, change: Change, words: str) ->
     edit_manifest(copy, change)
     with pytest.raises(ArtefactError, match=words):
         Manifest.read(copy)
+
+
+def test_a_doubled_key_is_refused(copy: Path) -> None:
+    path = copy / "manifest.json"
+    text = path.read_text()
+    for key in ("format_version", "vocab_size"):
+        path.write_text(text.replace(f'"{key}":', f'"{key}": 7, "{key}":'))
+        with pytest.raises(ArtefactError, match=f"'{key}' stands twice"):
+            Manifest.read(copy)
 
 
 @pytest.mark.parametrize("text", ["", "[1]", "{", "[" * 100_000, '"x"', "\x00"])

@@ -239,3 +239,11 @@ def test_limits_and_closing(artefact: Path) -> None:
     model.close()
     with pytest.raises(UsageError, match="closed"):
         model.generate("a")
+
+
+def test_text_that_is_not_utf8(model: Model) -> None:
+    for text in ("a\udcffb", "\ud800"):
+        with pytest.raises(UsageError, match="not UTF-8"):
+            model.generate(text)
+        with pytest.raises(UsageError, match="not UTF-8"):
+            model.chat([{"role": "user", "content": text}])

@@ -150,3 +150,12 @@ def test_writer_refuses_what_a_file_cannot_hold(tmp_path: Path) -> None:
         write_params(path, [("a", np.zeros(3, "complex64"))])
     with pytest.raises(ValueError, match="has the dtype"):
         write_params(path, [("a", np.zeros(3, ">f4"))])
+
+
+def test_a_parameter_that_the_manifest_does_not_list(
+    file: tuple[Path, tuple[Parameter, ...]],
+) -> None:
+    """The compiled code would get too few arguments."""
+    path, entries = file
+    with pytest.raises(ArtefactError, match=f"has the parameter {entries[0].name}, which"):
+        map_params(path, entries[1:])
