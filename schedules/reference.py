@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from gqsa_compiler.checkpoint import BSRLayer
-from gqsa_compiler.schedules.spec import Activation, LinearSpec
+from gqsa_compiler.schedules.spec import ACTIVATION_BLOCK, Activation, LinearSpec
 
 Array = npt.NDArray[Any]
 
@@ -27,19 +27,23 @@ def decode(layer: BSRLayer) -> npt.NDArray[np.float64]:
     return dense.reshape(n, k)
 
 
-def quantise_activations(x: Array, group_size: int) -> npt.NDArray[np.float64]:
-    """Round float32 activations [m, K] to int8 per token and group, and back, float64.
+def quantise_activations(x: Array) -> npt.NDArray[np.float64]:
+    """Round float32 activations [m, K] to int8 per token and `ACTIVATION_BLOCK` columns, and back.
 
-    The scale of a group is its largest magnitude / 127; a group below 1e-30 becomes 0. Codes are
+    The scale of a block is its largest magnitude / 127; a block below 1e-30 becomes 0. Codes are
     ``x * (127 / peak)`` in float32, rounded half to even.
+
+    Returns
+    -------
+    float64 [m, K]
     """
-    groups = x.astype(np.float32).reshape(x.shape[0], -1, group_size)
-    peak = np.abs(groups).max(-1, keepdims=True)
+    blocks = x.astype(np.float32).reshape(x.shape[0], -1, ACTIVATION_BLOCK)
+    peak = np.abs(blocks).max(-1, keepdims=True)
     usable = peak >= np.float32(QUANT_TINY)
     safe = np.maximum(peak, np.float32(QUANT_TINY))
     inverse = np.where(usable, np.float32(127.0) / safe, np.float32(0.0))
     scale = np.where(usable, peak / np.float32(127.0), np.float32(0.0))
-    return (np.rint(groups * inverse).astype(np.float64) * scale).reshape(x.shape)
+    return (np.rint(blocks * inverse).astype(np.float64) * scale).reshape(x.shape)
 
 
 def activate(name: Activation, y: Array) -> npt.NDArray[np.float64]:
@@ -84,7 +88,7 @@ def linear(
         factor = 1.0 / np.sqrt((value**2).mean(-1, keepdims=True) + spec.norm_eps)
         value = value * factor * norm.astype(np.float64)
     if spec.weight == "bsr_int4" and spec.activation_dtype == "int8":
-        value = quantise_activations(value, spec.group_size)
+        value = quantise_activations(value)
     y = value @ weight.astype(np.float64).T
     if bias is not None:
         y = y + bias

@@ -18,7 +18,7 @@ MAX_LINES = 600
 # The packages and modules that each part may import from the project. A part always may import
 # itself. Imports go one way: cli -> compile, compress, evaluate, bench -> frontends -> passes ->
 # schedules -> checkpoint. `runtime` imports nothing of the others.
-_LEAVES = {"errors", "targets", "_tvm", "_callable", "outdir", "progress"}
+_LEAVES = {"errors", "limits", "targets", "_tvm", "_callable", "outdir", "progress"}
 _CHECKPOINT = _LEAVES | {"checkpoint"}
 _SCHEDULES = _CHECKPOINT | {"schedules"}
 _PASSES = _SCHEDULES | {"passes"}
@@ -34,6 +34,7 @@ MAY_IMPORT = {
     "_child": {"errors"},
     "outdir": {"errors", "runtime"},
     "progress": set(),
+    "limits": set(),
     "bandwidth": {"errors"},
     "checkpoint": _LEAVES,
     "schedules": _CHECKPOINT,
@@ -58,6 +59,7 @@ LIGHT = {
     "targets": set(),
     "outdir": set(),
     "progress": set(),
+    "limits": set(),
     "checkpoint": {"numpy", "ml_dtypes", "safetensors"},
     "bench": {"numpy"},
     "inspect": set(),

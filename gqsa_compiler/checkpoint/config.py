@@ -7,12 +7,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from gqsa_compiler.errors import CheckpointError
+from gqsa_compiler.limits import BALANCES, BITS, GROUP_SIZES
 
 QUANT_METHOD = "gqsa"
 FORMAT_VERSION = 1
-BITS = (4,)
-GROUP_SIZES = (8, 16, 32, 64, 128, 256)
-BALANCES = ("matrix", "row")
 STRUCTURE = "group"
 
 _REQUIRED = {

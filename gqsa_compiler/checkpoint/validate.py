@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from gqsa_compiler.checkpoint.config import BITS, GROUP_SIZES, QuantizationConfig
+from gqsa_compiler.checkpoint.config import QuantizationConfig
 from gqsa_compiler.checkpoint.layer import BSRLayer
 from gqsa_compiler.errors import CheckpointError
+from gqsa_compiler.limits import BITS, GROUP_SIZES
 from gqsa_compiler.progress import Progress
 
 if TYPE_CHECKING:

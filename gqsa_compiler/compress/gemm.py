@@ -67,7 +67,7 @@ def _forwards(
         layers = []
     else:
         for layer in layers:
-            layer.forward = partial(forward, layer)
+            layer.forward = partial(forward, layer)  # type: ignore[method-assign]
     try:
         yield
     finally:

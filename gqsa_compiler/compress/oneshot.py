@@ -127,7 +127,7 @@ class MaskedSolver:
     def __init__(self, hessian: Tensor, target: Tensor, group_size: int) -> None:
         self._hessian = hessian
         self._target = target
-        self._inverse = torch.linalg.inv(group_blocks(hessian.double(), group_size)).float()
+        self._inverse = torch.linalg.inv(group_blocks(hessian, group_size).double()).float()
 
     def _precondition(self, residual: Tensor) -> Tensor:
         groups, size, _ = self._inverse.shape

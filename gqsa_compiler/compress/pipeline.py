@@ -14,7 +14,6 @@ import torch
 from torch import Tensor, nn
 
 from gqsa_compiler.checkpoint import CheckpointWriter, QuantizationConfig, from_codes
-from gqsa_compiler.checkpoint.config import BALANCES
 from gqsa_compiler.compress.block_oneshot import BlockState, compress_block
 from gqsa_compiler.compress.blocks import (
     capture_inputs,
@@ -41,6 +40,7 @@ from gqsa_compiler.frontends.torch_model import (
     load_tokenizer,
     stored_dtype,
 )
+from gqsa_compiler.limits import BALANCES
 from gqsa_compiler.models.config import DecoderConfig
 from gqsa_compiler.models.registry import parse_config
 from gqsa_compiler.outdir import check_output
@@ -133,7 +133,7 @@ def compress_model(
 
     Memory is at its peak either while the model samples text, when it is there whole in 16 bits
     (float32 if it is stored so and the CPU has no bfloat16 products), or in a block: two float32
-    copies of it, some ten float64 matrices as wide as its widest layer's inputs, and for every
+    copies of it, up to sixteen float64 [K, K] for its widest layer's K inputs, and for every
     calibration token the block's activations. The model is never there whole in that second phase.
 
     Parameters

@@ -5,8 +5,8 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-from gqsa_compiler.checkpoint.config import BITS, GROUP_SIZES
 from gqsa_compiler.errors import UsageError
+from gqsa_compiler.limits import BITS, GROUP_SIZES
 
 MAX_SPARSITY_PERCENT = 95
 

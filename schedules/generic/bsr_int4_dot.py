@@ -19,13 +19,14 @@ from gqsa_compiler.schedules.generic.emit import (
     int64,
     load,
     local,
+    repeat,
     store,
     vector,
 )
 from gqsa_compiler.schedules.generic.layout import BLOCK, BsrLayout
 from gqsa_compiler.schedules.generic.math import fma
 from gqsa_compiler.schedules.generic.prologue import Inputs
-from gqsa_compiler.schedules.spec import LinearSpec
+from gqsa_compiler.schedules.spec import ACTIVATION_BLOCK, LinearSpec
 
 CHAINS = 4
 """Independent sums kept for a single token, to hide the latency of the fused multiply-add."""
@@ -218,36 +219,30 @@ def _int8_group(
     totals: Buffer,
     chain: int,
 ) -> None:
-    """Integer dot products of one group.
+    """Dot products of one group, in integers within a block of `ACTIVATION_BLOCK` columns.
 
-    A product of a weight (-15..15) and an activation (-127..127) is at most 1905, so 16 of them
-    add up in 16 bits; only then the sum is widened.
+    A product of a weight (-15..15) and an activation (-127..127) is at most 1905. A lane adds two,
+    of its byte's low and high nibble, which belong to one block (`int8_order`), in 16 bits.
     """
     size, width = weights.spec.group_size, weights.layout.lanes
     chains = CHAINS if tile == 1 else 1
-    half = size // 2
+    half, blocks = size // 2, 2 * width // ACTIVATION_BLOCK
     byte = B.bind(group * int64(half))
-    scale_base = B.bind(B.floordiv(base, int64(size)))
+    first_scale = B.bind(B.floordiv(base, int64(ACTIVATION_BLOCK)))
+    factor = B.bind(broadcast(factors[0], width))
     assert inputs.scales is not None
-    products = local(tile)
-    store(
-        products,
-        broadcast(factors[0], tile) * load(inputs.scales, scale_base, lanes=tile),
-        0,
-        lanes=tile,
-    )
     if weights.spec.symmetric or weights.meta is None:
         zero = const(SYMMETRIC_ZERO, "int16")
     else:
         meta = cast("int32", load(weights.meta, group))
         zero = cast("int16", B.bitwise_and(meta, const(15, "int32")))
     zeros = B.bind(broadcast(zero, width))
-    wide = local(tile * width, "int32")
-    for t in range(tile):
-        store(wide, broadcast(const(0, "int32"), width), t * width, lanes=width)
 
     def chunk(loop: Expr, i: int) -> None:
-        place = B.bind((loop + int64(i)) * int64(width))
+        assert inputs.scales is not None
+        number = loop + int64(i)
+        place = B.bind(number * int64(width))
+        scale = B.bind(first_scale + number * int64(blocks))
         raw = B.bind(cast("int16", load(weights.codes, byte + place, lanes=width), width))
         low = B.bind(B.bitwise_and(raw, broadcast(const(15, "int16"), width)) - zeros)
         high = B.bind(B.shift_right(raw, broadcast(const(4, "int16"), width)) - zeros)
@@ -256,11 +251,9 @@ def _int8_group(
             x_low = cast("int16", inputs.load(at, width), width)
             x_high = cast("int16", inputs.load(at + int64(half), width), width)
             summed = cast("int32", low * x_low + high * x_high, width)
-            store(wide, load(wide, t * width, lanes=width) + summed, t * width, lanes=width)
+            scales = load(inputs.scales, scale + int64(t * size // ACTIVATION_BLOCK), lanes=blocks)
+            spread = broadcast(scales, width) if blocks == 1 else repeat(scales, width // blocks)
+            slot = t * chains + (chain + i) % chains
+            _accumulate(totals, slot, width, cast("float32", summed, width), factor * spread)
 
     _chunks(half // width, tile, chunk)
-    for t in range(tile):
-        value = cast("float32", load(wide, t * width, lanes=width), width)
-        _accumulate(
-            totals, t * chains + chain % chains, width, value, broadcast(load(products, t), width)
-        )

@@ -153,6 +153,11 @@ def pick(vectors: Sequence[Expr], indices: Sequence[int]) -> Expr:
     return B.Shuffle(list(vectors), list(indices))
 
 
+def repeat(value: Expr, times: int) -> Expr:
+    """Concatenate copies of a vector."""
+    return pick([value] * times, range(times * lanes_of(value)))
+
+
 def half_to_float(value: Expr, lanes: int, *, native: bool) -> Expr:
     """Convert finite float16 lanes to float32, exactly.
 

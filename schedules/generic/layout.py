@@ -12,7 +12,7 @@ import numpy.typing as npt
 from gqsa_compiler.checkpoint import BSRLayer
 from gqsa_compiler.errors import CompileError
 from gqsa_compiler.schedules.generic.config import GenericConfig
-from gqsa_compiler.schedules.spec import LinearSpec, ParamSpec
+from gqsa_compiler.schedules.spec import ACTIVATION_BLOCK, LinearSpec, ParamSpec
 
 BLOCK = 16
 """Scales and zero points are decoded 16 groups at a time, so every array has 16 spare groups."""
@@ -70,16 +70,30 @@ class BsrLayout:
         return tuple(result)
 
 
+def int8_order(size: int, lanes: int) -> npt.NDArray[np.int64]:
+    """Return, for position i of a group's int8 activations in memory, which element lies there.
+
+    Byte b of the codes meets positions b (low nibble) and b + G/2 (high). Both hold elements of
+    one block of `ACTIVATION_BLOCK`, so that their products add up before they are scaled, and the
+    blocks of a chunk take turns lane by lane, so that one broadcast loads the scales of a vector.
+    """
+    half, blocks = ACTIVATION_BLOCK // 2, lanes // (ACTIVATION_BLOCK // 2)
+    high, byte = np.divmod(np.arange(size), size // 2)
+    chunk, lane = np.divmod(byte, lanes)
+    block = chunk * blocks + lane % blocks
+    return block * ACTIVATION_BLOCK + high * half + lane // blocks
+
+
 def nibble_order(spec: LinearSpec, layout: BsrLayout) -> npt.NDArray[np.int64]:
     """Return, for nibble i of a group (low nibble of byte 0 first), which element it holds.
 
     The float kernel copies 32 (or, for 16 lanes, 64) bits to all lanes and shifts each by its own
-    count; the int8 kernel takes a vector of bytes and splits low from high nibbles.
+    count; the int8 kernel takes a vector of bytes and splits low from high nibbles (`int8_order`).
     """
     size = spec.group_size
     nibble = np.arange(size)
     if spec.activation_dtype == "int8":
-        return nibble // 2 + (nibble % 2) * (size // 2)
+        return int8_order(size, layout.lanes)[nibble // 2 + (nibble % 2) * (size // 2)]
     if layout.lanes == 16:
         part, within = nibble // 16, nibble % 16
         return part * 16 + 2 * (within % 8) + within // 8

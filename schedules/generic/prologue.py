@@ -16,15 +16,17 @@ from gqsa_compiler.schedules.generic.emit import (
     int64,
     load,
     local,
+    pick,
     store,
 )
+from gqsa_compiler.schedules.generic.layout import int8_order
 from gqsa_compiler.schedules.generic.rows import rms_factor
 from gqsa_compiler.schedules.generic.tiles import TilePlan
-from gqsa_compiler.schedules.spec import LinearSpec
+from gqsa_compiler.schedules.spec import ACTIVATION_BLOCK, LinearSpec
 
 QUANT_MAX = 127.0
 QUANT_TINY = 1e-30
-"""A group whose largest magnitude is below this is quantised to zeros."""
+"""A block whose largest magnitude is below this is quantised to zeros."""
 
 
 @dataclass(frozen=True)
@@ -36,7 +38,8 @@ class Inputs:
     values : Buffer
         float32 or int8; one-dimensional, or x itself (its first row is read).
     scales : Buffer or None
-        float32, int8's scale a group of a token, interleaved likewise with one for G values.
+        float32, int8's scales, interleaved likewise with one for `ACTIVATION_BLOCK` values. The
+        values of a group are in another order, `int8_order`; its scales are not.
     """
 
     values: Buffer
@@ -60,7 +63,7 @@ def prepare_one(spec: LinearSpec, x: Buffer, norm: Buffer | None, lanes: int) ->
         return Inputs(x, None)
     quantised = spec.activation_dtype == "int8"
     values = B.alloc_buffer((spec.k,), spec.activation_dtype)
-    scales = B.alloc_buffer((spec.k // spec.group_size,), "float32") if quantised else None
+    scales = B.alloc_buffer((spec.k // ACTIVATION_BLOCK,), "float32") if quantised else None
     inputs = Inputs(values, scales)
     _write_token(spec, x, norm, inputs, int64(0), (int64(0), int64(1), int64(0)), lanes)
     return inputs
@@ -70,12 +73,11 @@ def prepare_tiles(
     spec: LinearSpec, x: Buffer, norm: Buffer | None, plan: TilePlan, tokens: Expr, lanes: int
 ) -> Inputs:
     """Prepare all tokens of a call, in parallel; what pads the last tile is zero."""
-    groups = spec.k // spec.group_size
     capacity = B.bind(plan.capacity())
     values = B.alloc_buffer((capacity * int64(spec.k),), spec.activation_dtype)
     scales = None
     if spec.activation_dtype == "int8":
-        scales = B.alloc_buffer((capacity * int64(groups),), "float32")
+        scales = B.alloc_buffer((capacity * int64(spec.k // ACTIVATION_BLOCK),), "float32")
     inputs = Inputs(values, scales)
     with B.parallel(int64(0), capacity) as token:
         place = plan.place(token)
@@ -118,7 +120,7 @@ def _write_token(
             staged = local(size)
             for i in range(0, size, width):
                 store(staged, value(column + int64(i)), i, lanes=width)
-            _quantise(spec, inputs, staged, at, width)
+            _quantise(spec, inputs, staged, at, lanes)
 
 
 def _group_offset(spec: LinearSpec, place: tuple[Expr, Expr, Expr], group: Expr) -> Expr:
@@ -126,26 +128,41 @@ def _group_offset(spec: LinearSpec, place: tuple[Expr, Expr, Expr], group: Expr)
     return B.bind(first * int64(spec.k) + (group * tile + within) * int64(spec.group_size))
 
 
-def _quantise(spec: LinearSpec, inputs: Inputs, staged: Buffer, at: Expr, width: int) -> None:
+def _quantise(spec: LinearSpec, inputs: Inputs, staged: Buffer, at: Expr, lanes: int) -> None:
+    """Emit the codes of a staged group, in the dot product's order, and its blocks' scales."""
+    assert inputs.scales is not None
     size = spec.group_size
-    peak = B.bind(B.abs(load(staged, 0, lanes=width)))
-    for i in range(width, size, width):
-        peak = B.bind(B.max(peak, B.abs(load(staged, i, lanes=width))))
+    chunk = min(lanes, size // 2)
+    order = int8_order(size, chunk)
+    width = min(lanes, ACTIVATION_BLOCK)
+    first_scale = B.bind(B.floordiv(at, int64(ACTIVATION_BLOCK)))
+    for start in range(0, size, 2 * chunk):
+        codes: list[Expr] = []
+        for block in range(start, start + 2 * chunk, ACTIVATION_BLOCK):
+            scale, rounded = _quantise_block(staged, block, width)
+            store(inputs.scales, scale, first_scale + int64(block // ACTIVATION_BLOCK))
+            codes += rounded
+        for position in (start // 2, (start + size) // 2):
+            elements = [int(e) - start for e in order[position : position + chunk]]
+            values = cast("int8", pick(codes, elements), chunk)
+            store(inputs.values, values, at + int64(position), lanes=chunk)
+
+
+def _quantise_block(staged: Buffer, start: int, width: int) -> tuple[Expr, list[Expr]]:
+    """Emit the scale of `ACTIVATION_BLOCK` values and their codes, int32 vectors of `width`."""
+    places = range(start, start + ACTIVATION_BLOCK, width)
+    parts = [B.bind(load(staged, i, lanes=width)) for i in places]
+    peak = B.bind(B.abs(parts[0]))
+    for part in parts[1:]:
+        peak = B.bind(B.max(peak, B.abs(part)))
     peak = horizontal_max(peak, width)
     zero = const(0.0, "float32")
     usable = peak >= const(QUANT_TINY, "float32")
     limit = const(QUANT_MAX, "float32")
     inverse = B.bind(B.Select(usable, limit / B.max(peak, const(QUANT_TINY, "float32")), zero))
-    assert inputs.scales is not None
-    store(
-        inputs.scales,
-        B.Select(usable, peak / limit, zero),
-        B.floordiv(at, int64(size)),
-    )
-    for i in range(0, size, width):
-        scaled = load(staged, i, lanes=width) * broadcast(inverse, width)
-        whole = cast("int32", B.nearbyint(scaled), width)
-        store(inputs.values, cast("int8", whole, width), at + int64(i), lanes=width)
+    scaled = [part * broadcast(inverse, width) for part in parts]
+    codes = [B.bind(cast("int32", B.nearbyint(value), width)) for value in scaled]
+    return B.Select(usable, peak / limit, zero), codes
 
 
 def _write_zeros(
@@ -159,7 +176,10 @@ def _write_zeros(
         for i in range(0, size, width):
             store(inputs.values, zero, at + int64(i), lanes=width)
         if inputs.scales is not None:
-            store(inputs.scales, const(0.0, "float32"), B.floordiv(at, int64(size)))
+            blocks = size // ACTIVATION_BLOCK
+            first_scale = B.floordiv(at, int64(ACTIVATION_BLOCK))
+            no_scale = broadcast(const(0.0, "float32"), blocks)
+            store(inputs.scales, no_scale, first_scale, lanes=blocks)
 
 
 def normalise_rows(spec: LinearSpec, x: Buffer, norm: Buffer, tokens: Expr, lanes: int) -> Buffer:

@@ -87,26 +87,29 @@ def test_a_verb_that_handles_ctrl_c_goes_on() -> None:
         assert stop.number is None
 
 
-def test_a_signal_waits_for_c_code_that_is_loading() -> None:
-    """What is raised while numpy's C code loads becomes an ImportError, or is printed."""
+@pytest.mark.parametrize("inner", ["datetime", "numpy._core._multiarray_umath"])
+def test_a_signal_waits_for_c_code_that_is_loading(inner: str) -> None:
+    """What is raised while numpy's C code imports something is printed, or an ImportError."""
     code = (
-        "import os, signal, sys, time, typer\n"
-        "from importlib.abc import MetaPathFinder\n"
+        "import builtins, os, signal, sys, time, typer\n"
         "from gqsa_compiler.cli.command import command\n"
-        "class Finder(MetaPathFinder):\n"
-        "    def find_spec(self, name, path=None, target=None):\n"
-        "        if name == 'datetime':\n"
-        "            os.kill(os.getpid(), signal.SIGINT)\n"
+        "real = builtins.__import__\n"
+        "def fake(name, *rest):\n"
+        f"    if name == {inner!r} and sys._getframe(1).f_code.co_name.startswith('_call_with'):\n"
+        "        builtins.__import__ = real\n"
+        "        print('now')\n"
+        "        os.kill(os.getpid(), signal.SIGINT)\n"
+        "    return real(name, *rest)\n"
         "@command\n"
         "def verb():\n"
-        "    sys.modules.pop('datetime', None)  # numpy's C code imports it\n"
-        "    sys.meta_path.insert(0, Finder())\n"
+        "    builtins.__import__ = fake\n"
         "    import numpy\n"
         "    time.sleep(30)\n"
         "try: verb()\n"
         "except typer.Exit as ended: raise SystemExit(ended.exit_code)\n"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=25)
+    assert done.stdout == "now\n"
     assert done.stderr == "error: Interrupted.\n"
     assert done.returncode == 130
 
