@@ -19,6 +19,7 @@ from gqsa_compiler.schedules.generic.emit import (
     int64,
     load,
     local,
+    pick,
     repeat,
     store,
     vector,
@@ -221,8 +222,8 @@ def _int8_group(
 ) -> None:
     """Dot products of one group, in integers within a block of `ACTIVATION_BLOCK` columns.
 
-    A product of a weight (-15..15) and an activation (-127..127) is at most 1905. A lane adds two,
-    of its byte's low and high nibble, which belong to one block (`int8_order`), in 16 bits.
+    A lane adds two neighbouring products of 16-bit numbers, which belong to one block
+    (`int8_order`). x86 has an instruction for just that, which LLVM recognises.
     """
     size, width = weights.spec.group_size, weights.layout.lanes
     chains = CHAINS if tile == 1 else 1
@@ -237,6 +238,8 @@ def _int8_group(
         meta = cast("int32", load(weights.meta, group))
         zero = cast("int16", B.bitwise_and(meta, const(15, "int32")))
     zeros = B.bind(broadcast(zero, width))
+    even, odd = range(0, 2 * width, 2), range(1, 2 * width, 2)
+    pairs = [lane // 2 + lane % 2 * width for lane in range(2 * width)]
 
     def chunk(loop: Expr, i: int) -> None:
         assert inputs.scales is not None
@@ -246,11 +249,11 @@ def _int8_group(
         raw = B.bind(cast("int16", load(weights.codes, byte + place, lanes=width), width))
         low = B.bind(B.bitwise_and(raw, broadcast(const(15, "int16"), width)) - zeros)
         high = B.bind(B.shift_right(raw, broadcast(const(4, "int16"), width)) - zeros)
+        w = B.bind(cast("int32", pick([low, high], pairs), 2 * width))
         for t in range(tile):
-            at = base + place + int64(t * size)
-            x_low = cast("int16", inputs.load(at, width), width)
-            x_high = cast("int16", inputs.load(at + int64(half), width), width)
-            summed = cast("int32", low * x_low + high * x_high, width)
+            x = inputs.load(base + place * int64(2) + int64(t * size), 2 * width)
+            products = B.bind(w * cast("int32", x, 2 * width))
+            summed = pick([products], even) + pick([products], odd)
             scales = load(inputs.scales, scale + int64(t * size // ACTIVATION_BLOCK), lanes=blocks)
             spread = broadcast(scales, width) if blocks == 1 else repeat(scales, width // blocks)
             slot = t * chains + (chain + i) % chains

@@ -71,17 +71,16 @@ class BsrLayout:
 
 
 def int8_order(size: int, lanes: int) -> npt.NDArray[np.int64]:
-    """Return, for position i of a group's int8 activations in memory, which element lies there.
+    """Return which element nibble i of a group, and value i of its int8 activations, belong to.
 
-    Byte b of the codes meets positions b (low nibble) and b + G/2 (high). Both hold elements of
-    one block of `ACTIVATION_BLOCK`, so that their products add up before they are scaled, and the
-    blocks of a chunk take turns lane by lane, so that one broadcast loads the scales of a vector.
+    A byte's two nibbles are of one block of `ACTIVATION_BLOCK`, so that their products add up
+    before they are scaled. The bytes of a chunk, one a lane, take turns among the chunk's blocks,
+    so that the scales of a vector are loaded by one broadcast.
     """
-    half, blocks = ACTIVATION_BLOCK // 2, lanes // (ACTIVATION_BLOCK // 2)
-    high, byte = np.divmod(np.arange(size), size // 2)
+    blocks = 2 * lanes // ACTIVATION_BLOCK
+    byte, high = np.divmod(np.arange(size), 2)
     chunk, lane = np.divmod(byte, lanes)
-    block = chunk * blocks + lane % blocks
-    return block * ACTIVATION_BLOCK + high * half + lane // blocks
+    return (chunk * blocks + lane % blocks) * ACTIVATION_BLOCK + lane // blocks * 2 + high
 
 
 def nibble_order(spec: LinearSpec, layout: BsrLayout) -> npt.NDArray[np.int64]:
@@ -93,7 +92,7 @@ def nibble_order(spec: LinearSpec, layout: BsrLayout) -> npt.NDArray[np.int64]:
     size = spec.group_size
     nibble = np.arange(size)
     if spec.activation_dtype == "int8":
-        return int8_order(size, layout.lanes)[nibble // 2 + (nibble % 2) * (size // 2)]
+        return int8_order(size, layout.lanes)
     if layout.lanes == 16:
         part, within = nibble // 16, nibble % 16
         return part * 16 + 2 * (within % 8) + within // 8

@@ -132,20 +132,19 @@ def _quantise(spec: LinearSpec, inputs: Inputs, staged: Buffer, at: Expr, lanes:
     """Emit the codes of a staged group, in the dot product's order, and its blocks' scales."""
     assert inputs.scales is not None
     size = spec.group_size
-    chunk = min(lanes, size // 2)
-    order = int8_order(size, chunk)
+    chunk = min(2 * lanes, size)
+    order = [int(element) for element in int8_order(size, chunk // 2)]
     width = min(lanes, ACTIVATION_BLOCK)
     first_scale = B.bind(B.floordiv(at, int64(ACTIVATION_BLOCK)))
-    for start in range(0, size, 2 * chunk):
+    for start in range(0, size, chunk):
         codes: list[Expr] = []
-        for block in range(start, start + 2 * chunk, ACTIVATION_BLOCK):
+        for block in range(start, start + chunk, ACTIVATION_BLOCK):
             scale, rounded = _quantise_block(staged, block, width)
             store(inputs.scales, scale, first_scale + int64(block // ACTIVATION_BLOCK))
             codes += rounded
-        for position in (start // 2, (start + size) // 2):
-            elements = [int(e) - start for e in order[position : position + chunk]]
-            values = cast("int8", pick(codes, elements), chunk)
-            store(inputs.values, values, at + int64(position), lanes=chunk)
+        elements = [element - start for element in order[start : start + chunk]]
+        values = cast("int8", pick(codes, elements), chunk)
+        store(inputs.values, values, at + int64(start), lanes=chunk)
 
 
 def _quantise_block(staged: Buffer, start: int, width: int) -> tuple[Expr, list[Expr]]:

@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gqsa_compiler._tvm import tvm
+from gqsa_compiler.schedules import reference
 from gqsa_compiler.schedules.rule import ScheduleRule
 from gqsa_compiler.schedules.spec import Epilogue, LinearSpec
 from gqsa_compiler.targets import parse_target
@@ -32,6 +33,8 @@ CASES: dict[str, tuple[int, int, int, dict[str, Any]]] = {
     "g8": (5, 3, 8, {}),
     "g8_int8": (11, 21, 8, {"activation_dtype": "int8"}),
     "g32_norm": (19, 5, 32, {"norm_eps": 1e-5}),
+    "g32_int8": (7, 5, 32, {"activation_dtype": "int8"}),
+    "g128_int8": (9, 2, 128, {"activation_dtype": "int8"}),
     "g64_int8_norm": (6, 3, 64, {"norm_eps": 1e-6, "activation_dtype": "int8"}),
     "g128_bias": (9, 2, 128, {"epilogue": Epilogue(bias=True)}),
     "g256_int8": (70, 2, 256, {"activation_dtype": "int8"}),
@@ -164,6 +167,24 @@ def test_an_index_beyond_16_bits_with_its_zero_point(
     check(rule, spec_of(layer), [layer], x, rng, FEW_TILES)
 
 
+@pytest.mark.parametrize("size", [8, 16, 64, 256])
+@pytest.mark.parametrize("m", [1, 6])
+def test_int8_scales_belong_to_eight_columns(rule: ScheduleRule[Any], size: int, m: int) -> None:
+    """A large value costs its own block's precision only, whatever the group size."""
+    rng = np.random.default_rng(size)
+    layer = random_layer(np.ones((3, 512 // size), bool), size, rng)
+    x = np.where(np.arange(512) % 127 % 3, 1.0, -1.0).astype(np.float32)[None].repeat(m, 0)
+    for block in range(0, 64, 2):
+        x[:, 8 * block : 8 * block + 8] *= 1e4  # every value is +- its block's peak: no rounding
+    spec = spec_of(layer, activation_dtype="int8")
+    exact = x.astype(np.float64) @ reference.decode(layer).T
+    magnitude = np.abs(x.astype(np.float64)) @ np.abs(reference.decode(layer)).T
+    assert np.all(
+        np.abs(reference.linear(spec, reference.decode(layer), x) - exact) <= 1e-6 * magnitude
+    )
+    check(rule, spec, [layer], x, rng, FEW_TILES)
+
+
 @pytest.mark.parametrize("threads", [1, 2, 3])
 def test_any_number_of_threads(rule: ScheduleRule[Any], threads: int) -> None:
     rng = np.random.default_rng(2)
@@ -180,15 +201,15 @@ def test_any_number_of_threads(rule: ScheduleRule[Any], threads: int) -> None:
 
 @pytest.mark.skipif(HOST.arch != "x86_64", reason="this machine cannot run x86 code")
 @pytest.mark.parametrize("activation_dtype", ["float32", "int8"])
-@pytest.mark.parametrize(("lanes", "size"), [(4, 16), (4, 8), (8, 16), (8, 32)])
+@pytest.mark.parametrize(("lanes", "size"), [(4, 16), (4, 8), (8, 16), (8, 32), (16, 32)])
 def test_layouts_of_narrower_vectors(
     rule: ScheduleRule[Any], activation_dtype: str, lanes: int, size: int
 ) -> None:
-    target = parse_target("x86-64-v3")
+    target = parse_target("x86-64-v4" if lanes == 16 else "x86-64-v3")
     if lanes == 4:  # NEON's layout, on a CPU without float16 conversion
         target = replace(target, cpu="x86-64-v2", features=())
     elif not set(target.features) <= set(HOST.features):
-        pytest.skip("this machine has no AVX2")
+        pytest.skip(f"this machine cannot run {target.name} code")
     assert target.vector_bits == 32 * lanes
     rng = np.random.default_rng(size)
     layer = random_layer(random_keep((37, 13), rng, 0.5), size, rng, scales=(1e-7, 6e4))

@@ -15,12 +15,13 @@ from gqsa_compiler.schedules.generic.config import GenericConfig
 from gqsa_compiler.schedules.generic.layout import (
     BLOCK,
     BsrLayout,
+    int8_order,
     nibble_order,
     pack_bsr,
     row_order,
     split_units,
 )
-from gqsa_compiler.schedules.spec import Epilogue, LinearSpec
+from gqsa_compiler.schedules.spec import ACTIVATION_BLOCK, Epilogue, LinearSpec
 from tests.schedules.linear_cases import random_keep, random_layer, spec_of
 
 CONFIG = GenericConfig(tasks=8, lanes=16, tiles=(4, 8, 16))
@@ -81,6 +82,17 @@ def test_nibbles_are_a_permutation(size: int, lanes: int, dtype: str) -> None:
     spec = LinearSpec(1, size, "bsr_int4", "int4", size, 1, activation_dtype=dtype)  # type: ignore[arg-type]
     order = nibble_order(spec, BsrLayout.of(spec, config))
     assert sorted(order) == list(range(size))
+
+
+@pytest.mark.parametrize("size", [8, 16, 32, 256])
+@pytest.mark.parametrize("lanes", [4, 8, 16])
+def test_int8_bytes_belong_to_one_block_and_blocks_take_turns(size: int, lanes: int) -> None:
+    lanes = min(lanes, size // 2)
+    blocks = int8_order(size, lanes) // ACTIVATION_BLOCK
+    assert np.array_equal(blocks[0::2], blocks[1::2])
+    per_chunk = 2 * lanes // ACTIVATION_BLOCK
+    chunk, lane = np.divmod(np.arange(size // 2), lanes)
+    assert np.array_equal(blocks[0::2], chunk * per_chunk + lane % per_chunk)
 
 
 def test_gated_rows_are_stored_in_pairs() -> None:
