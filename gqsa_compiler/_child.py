@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import os
+import select
 import signal
 import sys
 import traceback
 from collections.abc import Callable
 
 from gqsa_compiler.errors import CompileError, GqsaError
+
+_WAKE_SECONDS = 0.2
 
 
 def run_in_child(work: Callable[[], None], what: str) -> None:
@@ -40,6 +43,9 @@ def run_in_child(work: Callable[[], None], what: str) -> None:
     os.close(writer)
     try:
         with os.fdopen(reader, "rb") as pipe:
+            # Waking up now and then: a signal that another thread received waits for this one.
+            while not select.select([pipe], [], [], _WAKE_SECONDS)[0]:
+                pass
             message = pipe.read().decode(errors="replace")
         _, status = os.waitpid(child, 0)
     except BaseException:
