@@ -121,6 +121,11 @@ def report_error(error: BaseException, stop: Stop, verbose: bool = False) -> int
     message, code = describe(error if stop.number is None else Stopped(stop.number))
     stop.said = True
     say_error(message)
+    try:
+        sys.stdout.flush()
+    except OSError:
+        # A full disk: Python would try once more at its exit and change the exit code.
+        _drop_stdout()
     return code
 
 

@@ -389,8 +389,14 @@ def test_a_full_standard_output(verb: str, checkpoint: Path) -> None:
     code = "from gqsa_compiler.cli.main import main; raise SystemExit(main())"
     words = [verb, *([str(checkpoint)] if verb == "inspect" else [])]
     with Path("/dev/full").open("w") as full:
+        # Buffered, as usual: what could not be written is tried again at the exit.
+        buffered = {k: v for k, v in os.environ.items() if k != "PYTHONUNBUFFERED"}
         done = subprocess.run(
-            [sys.executable, "-c", code, *words], stdout=full, stderr=subprocess.PIPE, text=True
+            [sys.executable, "-c", code, *words],
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=buffered,
         )
     assert done.returncode == 1
     assert done.stderr == "error: No space left on the disk; free some, or write elsewhere.\n"
