@@ -95,8 +95,8 @@ def compile_model(
     options : CompileOptions or None
         None takes every default.
     recipe : str or None
-        For a model that is not compressed yet: a recipe to compress it with on the way, or
-        ``dense`` to compile it as it is.
+        For a model that is not compressed yet: a recipe to compress it with on the way, in one
+        shot (its training stages are left out), or ``dense`` to compile it as it is.
     overwrite : bool
         Replace an existing artefact.
     progress : callable or None
@@ -128,8 +128,8 @@ def compile_model(
     if not compressed and recipe is None:
         raise UsageError(
             f"{model} is not compressed. Compress it first (gqsa compress {model} -o CHECKPOINT "
-            "--recipe w4s30g16), or compile it with --recipe w4s30g16 (compress on the way) or "
-            f"--recipe {DENSE_RECIPE} (as it is)."
+            "--recipe w4s30g16), or compile it with --recipe w4s30g16 (compress on the way, in one "
+            f"shot) or --recipe {DENSE_RECIPE} (as it is)."
         )
     if recipe == DENSE_RECIPE and options.no_fallback:
         raise UsageError(
@@ -139,7 +139,7 @@ def compile_model(
     check_output(output, overwrite, protect=(source.path,))
     report_progress = progress or (lambda _stage, _done, _total: None)
     with staged_directory(output, overwrite=overwrite) as staging:
-        if compressed or recipe == DENSE_RECIPE:
+        if recipe is None or recipe == DENSE_RECIPE:
             return _Compilation(source, target, options, report_progress).write(
                 staging, Path(output)
             )
@@ -148,7 +148,8 @@ def compile_model(
         # Beside the output: it has the room, and a temporary file system may not.
         with tempfile.TemporaryDirectory(dir=staging) as scratch:
             checkpoint = Path(scratch) / source.name
-            compress_model(source, checkpoint, str(recipe), progress=report_progress)
+            # One shot: training takes its hours, and what it makes is worth a checkpoint to keep.
+            compress_model(source, checkpoint, recipe, stages="none", progress=report_progress)
             source = resolve(str(checkpoint))
             result = _Compilation(source, target, options, report_progress).write(
                 staging, Path(output)
@@ -370,8 +371,8 @@ class _Weights:
             return ParamRecord(name, "dense", self._dense_dtype(name, shape, stored), shape)
         return ParamRecord(
             name,
-            "bsr_int4",
-            "int4",
+            "bsr",
+            f"int{layer.bits}",
             layer.shape,
             group_size=layer.group_size,
             nnz=layer.nnz,

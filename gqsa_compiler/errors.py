@@ -11,7 +11,26 @@ __all__ = [
     "GqsaError",
     "ModelError",
     "UsageError",
+    "out_of_memory",
 ]
+
+
+_MEMORY_TEXTS = (
+    "not enough memory",
+    "can't allocate memory",
+    "cannot allocate memory",
+    "std::bad_alloc",
+    "out of memory",
+)
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether an exception says that memory, a GPU's too, is not enough."""
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return True
+    # PyTorch and its libraries only say so in the text.
+    text = str(error).lower()
+    return isinstance(error, RuntimeError) and any(words in text for words in _MEMORY_TEXTS)
 
 
 class CheckpointError(GqsaError):

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-BITS = (4,)
+BITS = (2, 3, 4, 8)
 """Bits of a code."""
 
 GROUP_SIZES = (8, 16, 32, 64, 128, 256)
 """Input features that share a scale and are dropped together."""
 
-BALANCES = ("matrix", "row")
-"""What the sparsity holds for: a whole matrix, or each of its rows."""
+BALANCES = ("matrix", "row", "model")
+"""What the sparsity holds for: each matrix, each of its rows, or all of them together."""

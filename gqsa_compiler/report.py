@@ -109,7 +109,7 @@ def kernel_uses(
                 asdict(kernel.config),
                 spec.n,
                 spec.k,
-                "bsr-int4" if not is_dense else spec.weight_dtype,
+                spec.weight_dtype if is_dense else f"bsr-{spec.weight_dtype}",
                 spec.group_size or None,
                 1.0 - spec.nnz / total if total else 0.0,
                 size,
@@ -175,6 +175,6 @@ def bytes_by_kind(plan: PackPlan) -> dict[str, int]:
 
 def bits_per_weight(plan: PackPlan) -> float:
     """Packed bits of the compressed layers over their decoded weights."""
-    kernels = [k for k in plan.kernels if k.spec.weight == "bsr_int4"]
+    kernels = [k for k in plan.kernels if k.spec.weight == "bsr"]
     weights = sum(k.spec.n * k.spec.k for k in kernels)
     return 8 * sum(kernel_bytes(plan, k) for k in kernels) / weights if weights else 0.0

@@ -71,8 +71,8 @@ class LinearCall:
 def stack(calls: Sequence[LinearCall]) -> LinearCall | None:
     """Fold layers that read the same input into one, stacked along N.
 
-    Returns None when they differ in anything that one kernel cannot span (storage, group size,
-    bias on some only), or already have an epilogue beyond a bias.
+    Returns None when they differ in anything that one kernel cannot span (storage, bits, group
+    size, bias on some only), or already have an epilogue beyond a bias.
     """
     first = calls[0]
     alike = [replace(c.spec, n=0, nnz=0) == replace(first.spec, n=0, nnz=0) for c in calls]

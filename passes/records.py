@@ -22,9 +22,10 @@ class ParamRecord:
     name : str
         Tensor name in the model, e.g. ``model.layers.0.mlp.up_proj.weight``.
     storage : str
-        ``bsr_int4`` (a compressed linear layer) or ``dense``.
+        ``bsr`` (a compressed linear layer) or ``dense``.
     dtype : str
-        Storage dtype of a dense tensor; ``int4`` for a compressed one.
+        Storage dtype of a dense tensor; ``int2``, ``int3``, ``int4`` or ``int8`` (the bits of
+        a code) for a compressed one.
     shape : tuple of int
         Of the decoded tensor.
     group_size, nnz : int
@@ -34,7 +35,7 @@ class ParamRecord:
     """
 
     name: str
-    storage: Literal["bsr_int4", "dense"]
+    storage: Literal["bsr", "dense"]
     dtype: str
     shape: tuple[int, ...]
     group_size: int = 0

@@ -37,8 +37,8 @@ def _spec(record: ParamRecord, activation_dtype: ActivationDtype) -> LinearSpec:
     return LinearSpec(
         n,
         k,
-        "bsr_int4",
-        "int4",
+        "bsr",
+        record.dtype,
         group_size=record.group_size,
         nnz=record.nnz,
         symmetric=record.symmetric,

@@ -113,8 +113,8 @@ class Parameter:
 class Kernel:
     """Which kernel serves a layer, for reports; the runtime does not need it to run.
 
-    `weight` says how the weights are stored (for instance ``bsr-int4``); `bytes` is what one pass
-    over them reads.
+    `weight` says how the checkpoint stores the weights (for instance ``bsr-int3``: groups of 3-bit
+    codes); `bytes` is what one pass over the kernel's packed copy reads.
     """
 
     layer: str

@@ -87,7 +87,7 @@ def linear(
     if spec.norm_eps is not None and norm is not None:
         factor = 1.0 / np.sqrt((value**2).mean(-1, keepdims=True) + spec.norm_eps)
         value = value * factor * norm.astype(np.float64)
-    if spec.weight == "bsr_int4" and spec.activation_dtype == "int8":
+    if spec.weight == "bsr" and spec.activation_dtype == "int8":
         value = quantise_activations(value)
     y = value @ weight.astype(np.float64).T
     if bias is not None:

@@ -52,7 +52,7 @@ class ScheduleRule(ABC, Generic[ConfigT]):
         The number of kept groups differs from layer to layer, so `build` declares the extents
         that follow from it as symbolic and the key leaves it out.
         """
-        dense = spec.weight == "bsr_int4" and spec.nnz == spec.n * (spec.k // spec.group_size)
+        dense = spec.weight == "bsr" and spec.nnz == spec.n * (spec.k // spec.group_size)
         return replace(spec, nnz=spec.nnz if dense else 0)
 
     @abstractmethod
@@ -87,5 +87,5 @@ class ScheduleRule(ABC, Generic[ConfigT]):
         """Turn checkpoint tensors into the tensors that `params` describes.
 
         `parts` are the layers folded into this one, stacked along N in order (`BSRLayer`s for
-        ``bsr_int4``, arrays [N_i, K] for ``dense``).
+        ``bsr``, arrays [N_i, K] for ``dense``).
         """

@@ -7,9 +7,9 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 from gqsa_compiler.errors import CompileError
-from gqsa_compiler.limits import GROUP_SIZES
+from gqsa_compiler.limits import BITS, GROUP_SIZES
 
-WeightKind = Literal["bsr_int4", "dense"]
+WeightKind = Literal["bsr", "dense"]
 ActivationDtype = Literal["float32", "int8"]
 Activation = Literal["silu", "gelu", "gelu_tanh", "relu"]
 
@@ -60,9 +60,10 @@ class LinearSpec:
     n, k : int
         Rows (output features before gating) and columns (input features).
     weight : str
-        ``bsr_int4`` or ``dense``.
+        ``bsr`` or ``dense``.
     weight_dtype : str
-        ``int4`` for BSR; ``float16``, ``bfloat16`` or ``float32`` for dense storage.
+        ``int2``, ``int3``, ``int4`` or ``int8`` (the bits of a code) for BSR; ``float16``,
+        ``bfloat16`` or ``float32`` for dense storage.
     group_size : int
         G; 0 for dense.
     nnz : int
@@ -90,6 +91,11 @@ class LinearSpec:
     epilogue: Epilogue = field(default_factory=Epilogue)
 
     @property
+    def bits(self) -> int:
+        """Bits of a code; 0 for dense."""
+        return int(self.weight_dtype.removeprefix("int")) if self.weight == "bsr" else 0
+
+    @property
     def n_out(self) -> int:
         """Output features after gating."""
         return self.n // 2 if self.epilogue.gated else self.n
@@ -105,7 +111,9 @@ class LinearSpec:
         size = self.group_size
         if self.n < 1 or self.k < 1:
             raise CompileError(f"A linear layer of {self.n} x {self.k} has nothing to compute.")
-        if self.weight == "bsr_int4":
+        if self.weight == "bsr":
+            if self.weight_dtype not in {f"int{bits}" for bits in BITS}:
+                raise CompileError(f"There are no sparse layers of {self.weight_dtype} codes.")
             if size not in GROUP_SIZES:
                 sizes = ", ".join(map(str, GROUP_SIZES))
                 raise CompileError(f"Group size {size} is not one of {sizes}.")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from gqsa_compiler.errors import CompileError
-from gqsa_compiler.schedules.generic.bsr_int4 import GenericBsrInt4
+from gqsa_compiler.schedules.generic.bsr import GenericBsrInt2, GenericBsrInt4, GenericBsrInt8
 from gqsa_compiler.schedules.generic.dense import GenericDense
 from gqsa_compiler.schedules.rule import KernelConfig, ScheduleRule
 from gqsa_compiler.schedules.spec import LinearSpec
@@ -25,7 +25,7 @@ def rules_for(target: TargetSpec) -> tuple[ScheduleRule[Any], ...]:
             f"There are no kernels for target {target.name} (code generator {target.kind}); "
             "choose a CPU target."
         )
-    return (GenericBsrInt4(), GenericDense())
+    return (GenericBsrInt2(), GenericBsrInt4(), GenericBsrInt8(), GenericDense())
 
 
 def select(spec: LinearSpec, target: TargetSpec) -> tuple[ScheduleRule[Any], KernelConfig]:

@@ -18,7 +18,7 @@ MAX_LINES = 600
 # The packages and modules that each part may import from the project. A part always may import
 # itself. Imports go one way: cli -> compile, compress, evaluate, bench -> frontends -> passes ->
 # schedules -> checkpoint. `runtime` imports nothing of the others.
-_LEAVES = {"errors", "limits", "targets", "_tvm", "_callable", "outdir", "progress"}
+_LEAVES = {"errors", "limits", "targets", "_tvm", "_callable", "outdir", "progress", "units"}
 _CHECKPOINT = _LEAVES | {"checkpoint"}
 _SCHEDULES = _CHECKPOINT | {"schedules"}
 _PASSES = _SCHEDULES | {"passes"}
@@ -35,6 +35,7 @@ MAY_IMPORT = {
     "outdir": {"errors", "runtime"},
     "progress": set(),
     "limits": set(),
+    "units": set(),
     "bandwidth": {"errors"},
     "checkpoint": _LEAVES,
     "schedules": _CHECKPOINT,
@@ -43,7 +44,7 @@ MAY_IMPORT = {
     "frontends": _PASSES | {"models"},
     "report": _PASSES | {"runtime"},
     "artefact": _FRONTENDS | {"runtime", "_child"},
-    "compress": _FRONTENDS,
+    "compress": _FRONTENDS | {"bandwidth"},
     "compile": _FRONTENDS | {"artefact", "compress", "report", "runtime"},
     "evaluate": _FRONTENDS | {"runtime"},
     "bench": {"errors", "bandwidth", "progress", "runtime"},
@@ -60,6 +61,7 @@ LIGHT = {
     "outdir": set(),
     "progress": set(),
     "limits": set(),
+    "units": set(),
     "checkpoint": {"numpy", "ml_dtypes", "safetensors"},
     "bench": {"numpy"},
     "inspect": set(),

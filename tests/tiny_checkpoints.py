@@ -2,16 +2,28 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
 
-from gqsa_compiler.checkpoint import CheckpointWriter, QuantizationConfig, from_dense
+from gqsa_compiler.checkpoint import (
+    CheckpointWriter,
+    LayerScheme,
+    QuantizationConfig,
+    from_dense,
+)
 from gqsa_compiler.frontends.source import resolve
 
 
 def make_checkpoint(
-    model: str | Path, directory: Path, *, sparsity: float = 0.4, group_size: int = 16
+    model: str | Path,
+    directory: Path,
+    *,
+    sparsity: float = 0.4,
+    group_size: int = 16,
+    bits: int = 4,
+    per_layer: Mapping[str, LayerScheme] | None = None,
 ) -> Path:
     """Compress a dense model into a GQSA checkpoint.
 
@@ -23,7 +35,9 @@ def make_checkpoint(
     sparsity : float
         Share of a matrix's groups that are dropped: those of least norm, so that rows keep
         different numbers.
-    group_size : int
+    group_size, bits : int
+    per_layer : mapping of str to LayerScheme, optional
+        Layers with a scheme of their own.
 
     Returns
     -------
@@ -32,19 +46,28 @@ def make_checkpoint(
     """
     source = resolve(str(model))
     config = QuantizationConfig(
-        group_size=group_size, ratio=sparsity, ignore=("lm_head",), producer="tests"
+        bits=bits,
+        group_size=group_size,
+        ratio=sparsity,
+        ignore=("lm_head",),
+        producer="tests",
+        per_layer=per_layer or {},
     )
     with CheckpointWriter(directory, source.config, config) as writer:
         for name in source.tensor_names():
             array = source.tensor(name)
             if ".layers." in name and array.ndim == 2 and name.endswith(".weight"):
                 weight = array.astype(np.float32)
-                norms = np.square(weight.reshape(len(weight), -1, group_size)).sum(-1)
+                scheme = config.scheme(name.removesuffix(".weight"))
+                size = scheme.group_size
+                norms = np.square(weight.reshape(len(weight), -1, size)).sum(-1)
                 layer = from_dense(
                     name.removesuffix(".weight"),
                     weight,
-                    group_size,
-                    norms > np.quantile(norms, sparsity),
+                    size,
+                    norms > np.quantile(norms, scheme.ratio),
+                    symmetric=scheme.symmetric,
+                    bits=scheme.bits,
                 )
                 writer.add_layer(layer)
             else:

@@ -1,15 +1,15 @@
 """The GQSA checkpoint format (docs/format.md): read, write, validate, convert."""
 
+from gqsa_compiler.checkpoint.bits import pack_codes, unpack_codes
 from gqsa_compiler.checkpoint.config import FORMAT_VERSION, LayerScheme, QuantizationConfig
 from gqsa_compiler.checkpoint.convert import (
     decode_groups,
     from_codes,
     from_dense,
-    pack_nibbles,
     to_dense,
     to_scipy,
 )
-from gqsa_compiler.checkpoint.layer import SYMMETRIC_ZERO, BSRLayer
+from gqsa_compiler.checkpoint.layer import BSRLayer, symmetric_zero
 from gqsa_compiler.checkpoint.reader import CheckpointReader, is_checkpoint
 from gqsa_compiler.checkpoint.safetensors_file import SafetensorsFile, TensorInfo
 from gqsa_compiler.checkpoint.validate import validate, validate_layer
@@ -17,7 +17,6 @@ from gqsa_compiler.checkpoint.writer import CheckpointWriter
 
 __all__ = [
     "FORMAT_VERSION",
-    "SYMMETRIC_ZERO",
     "BSRLayer",
     "CheckpointReader",
     "CheckpointWriter",
@@ -29,9 +28,11 @@ __all__ = [
     "from_codes",
     "from_dense",
     "is_checkpoint",
-    "pack_nibbles",
+    "pack_codes",
+    "symmetric_zero",
     "to_dense",
     "to_scipy",
+    "unpack_codes",
     "validate",
     "validate_layer",
 ]

@@ -33,7 +33,7 @@ class LayerScheme:
     Parameters
     ----------
     bits : int
-        4.
+        Bits of a code: 2, 3, 4 or 8.
     group_size : int
         A power of two, 8 to 256.
     symmetric : bool
@@ -51,7 +51,8 @@ class LayerScheme:
         """Check every field; raises CheckpointError."""
         if not _is_int(self.bits) or self.bits not in BITS:
             raise CheckpointError(
-                f"quantization_config says bits {self.bits!r}; this version reads 4."
+                f"quantization_config says bits {self.bits!r}; it must be one of "
+                f"{', '.join(map(str, BITS))}."
             )
         if not _is_int(self.group_size) or self.group_size not in GROUP_SIZES:
             raise CheckpointError(
@@ -88,8 +89,8 @@ class QuantizationConfig:
     bits, group_size, symmetric, ratio
         The scheme of every layer that `per_layer` does not name; see `LayerScheme`.
     balance : str
-        ``matrix`` (groups are dropped anywhere in a matrix) or ``row`` (as many in every row).
-        Informational.
+        ``matrix`` (groups are dropped anywhere in a matrix), ``row`` (as many in every row) or
+        ``model`` (the share of a matrix was chosen too). Informational.
     ignore : tuple of str
         Linear layers (module paths) that were left uncompressed on purpose.
     per_layer : mapping of str to LayerScheme

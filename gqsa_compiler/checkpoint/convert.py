@@ -7,44 +7,27 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from gqsa_compiler.checkpoint.layer import SYMMETRIC_ZERO, BSRLayer
+from gqsa_compiler.checkpoint.bits import pack_codes
+from gqsa_compiler.checkpoint.layer import BSRLayer, symmetric_zero
 from gqsa_compiler.checkpoint.validate import MAX_INDEX, validate_layer
 from gqsa_compiler.errors import CheckpointError
+from gqsa_compiler.limits import BITS
 
 if TYPE_CHECKING:
     from scipy.sparse import bsr_matrix
 
 _CHUNK_VALUES = 1 << 22
 """Weights decoded at a time: bounds temporaries to some tens of megabytes."""
-_MAX_CODE = 15
-
-
-def pack_nibbles(values: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
-    """Pack uint8 [..., n] of 0..15 to uint8 [..., ceil(n / 2)]: even positions in the low nibble.
-
-    An odd n leaves the last high nibble 0.
-    """
-    if values.shape[-1] % 2:
-        values = np.concatenate([values, np.zeros((*values.shape[:-1], 1), np.uint8)], axis=-1)
-    return np.asarray(values[..., 0::2] | (values[..., 1::2] << 4), dtype=np.uint8)
 
 
 def decode_groups(layer: BSRLayer, start: int = 0, stop: int | None = None) -> npt.NDArray[Any]:
     """Decode kept groups `start` to `stop` to float32 [stop - start, G].
 
-    ``(code - zero) * scale`` is exact in float32: a difference has 5 bits, a scale 11.
+    ``(code - zero) * scale`` is exact in float32: a difference has at most 9 bits, a scale 11.
     """
     stop = layer.nnz if stop is None else stop
-    part = layer.qweight[start:stop]
-    values = np.empty((stop - start, layer.group_size), np.float32)
-    values[:, 0::2] = part & 0xF
-    values[:, 1::2] = part >> 4
-    if layer.qzeros is None:
-        values -= SYMMETRIC_ZERO
-    else:
-        groups = np.arange(start, stop)
-        zeros = layer.qzeros[groups // 2] >> (4 * (groups % 2)).astype(np.uint8) & 0xF
-        values -= zeros[:, None]
+    values = layer.codes(start, stop).astype(np.float32)
+    values -= layer.zeros(start, stop)[:, None]
     values *= layer.scales[start:stop, None].astype(np.float32)
     return values
 
@@ -78,6 +61,7 @@ def from_codes(
     codes: npt.NDArray[np.uint8],
     scales: npt.NDArray[Any],
     zeros: npt.NDArray[np.uint8] | None,
+    bits: int = 4,
 ) -> BSRLayer:
     """Build a layer from codes that somebody else quantised; nothing is rounded but the scales.
 
@@ -92,17 +76,21 @@ def from_codes(
     keep_mask : bool [N, K/G]
         Groups to keep.
     codes : uint8 [N, K/G, G]
-        0 to 15; those of dropped groups are not read.
+        0 to 2^bits - 1; those of dropped groups are not read.
     scales : float [N, K/G]
         Rounded to float16 if they are not: quantise with rounded scales, or the codes do not fit.
     zeros : uint8 [N, K/G] or None
-        Zero points 0 to 15; None for a symmetric layer (zero is 8).
+        Zero points 0 to 2^bits - 1; None for a symmetric layer (zero is 2^(bits - 1)).
+    bits : int
+        Bits of a code: 2, 3, 4 or 8.
 
     Raises
     ------
     CheckpointError
-        Shapes do not agree, a code or zero point is above 15, or a scale is not finite in float16.
+        There are no codes of so many bits, shapes do not agree, a code or zero point does not fit,
+        or a scale is not finite in float16.
     """
+    _check_bits(name, bits)
     n, k = shape
     if group_size < 1 or k % group_size:
         raise CheckpointError(f"Layer {name!r}: group size {group_size} does not divide K = {k}.")
@@ -121,8 +109,8 @@ def from_codes(
         raise CheckpointError(f"Layer {name!r} has more than 2^31 - 1 groups.")
     indptr = np.zeros(n + 1, np.int32)
     np.cumsum(keep.sum(axis=1), out=indptr[1:])
-    kept_codes = _nibbles(name, "code", codes[keep])
-    kept_zeros = None if zeros is None else _nibbles(name, "zero point", zeros[keep])
+    kept_codes = _packed(name, "code", codes[keep], bits)
+    kept_zeros = None if zeros is None else _packed(name, "zero point", zeros[keep], bits)
     with np.errstate(over="ignore"):  # an infinity is what validate_layer reports
         kept_scales = scales[keep].astype(np.float16)
     layer = BSRLayer(
@@ -131,9 +119,10 @@ def from_codes(
         group_size=group_size,
         indptr=indptr,
         indices=np.nonzero(keep)[1].astype(np.uint16),
-        qweight=pack_nibbles(kept_codes),
+        qweight=kept_codes,
         scales=kept_scales,
-        qzeros=None if kept_zeros is None else pack_nibbles(kept_zeros),
+        qzeros=kept_zeros,
+        bits=bits,
     )
     validate_layer(layer)
     return layer
@@ -146,6 +135,7 @@ def from_dense(
     keep_mask: npt.NDArray[np.bool_] | None = None,
     *,
     symmetric: bool = False,
+    bits: int = 4,
 ) -> BSRLayer:
     """Build a layer from a dense matrix by plain rounding to nearest.
 
@@ -162,27 +152,31 @@ def from_dense(
     keep_mask : bool [N, K/G], optional
         Groups to keep; all of them by default.
     symmetric : bool
-        Fix the zero point at 8 and store none.
+        Fix the zero point at 2^(bits - 1) and store none.
+    bits : int
+        Bits of a code: 2, 3, 4 or 8.
 
     Raises
     ------
     CheckpointError
-        G does not divide K, a weight is not finite, or a group's scale overflows float16.
+        G does not divide K, there are no codes of so many bits, a weight is not finite, or a
+        group's scale overflows float16.
     """
     n, k = weight.shape
     if group_size < 1 or k % group_size:
         raise CheckpointError(f"Layer {name!r}: group size {group_size} does not divide K = {k}.")
+    _check_bits(name, bits)
     groups = np.asarray(weight, dtype=np.float32).reshape(n, k // group_size, group_size)
     if not np.isfinite(groups).all():
         raise CheckpointError(f"Layer {name!r} holds a weight that is not finite.")
     keep = np.ones(groups.shape[:2], bool) if keep_mask is None else keep_mask
+    top, middle = (1 << bits) - 1, symmetric_zero(bits)
     low = np.minimum(groups.min(axis=2), 0.0)
     high = np.maximum(groups.max(axis=2), 0.0)
+    wide = high / top - low / top
     if symmetric:
-        # Codes reach -8 and 7: the larger of the two needs decides.
-        wide = np.maximum(-low / SYMMETRIC_ZERO, high / (_MAX_CODE - SYMMETRIC_ZERO))
-    else:
-        wide = high / _MAX_CODE - low / _MAX_CODE
+        # Codes reach further down than up (-8 and 7): the larger of the two needs decides.
+        wide = np.maximum(-low / middle, high / (top - middle))
     with np.errstate(over="ignore"):
         scales = wide.astype(np.float16)
     # A scale of 0 could not be divided by; the smallest float16 loses nothing.
@@ -191,16 +185,25 @@ def from_dense(
         raise CheckpointError(f"Layer {name!r} holds weights too large for a float16 scale.")
     steps = np.where(np.isfinite(scales), scales, 1).astype(np.float32)
     if symmetric:
-        zeros = np.full(scales.shape, SYMMETRIC_ZERO, np.uint8)
+        zeros = np.full(scales.shape, middle, np.uint8)
     else:
-        zeros = np.clip(np.rint(-low / steps), 0, _MAX_CODE).astype(np.uint8)
+        zeros = np.clip(np.rint(-low / steps), 0, top).astype(np.uint8)
     codes = np.rint(groups / steps[..., None]) + zeros[..., None]
-    codes = np.clip(codes, 0, _MAX_CODE).astype(np.uint8)
+    codes = np.clip(codes, 0, top).astype(np.uint8)
     stored = None if symmetric else zeros
-    return from_codes(name, (n, k), group_size, keep, codes, scales, stored)
+    return from_codes(name, (n, k), group_size, keep, codes, scales, stored, bits)
 
 
-def _nibbles(name: str, what: str, values: npt.NDArray[Any]) -> npt.NDArray[np.uint8]:
-    if values.size and (values.min() < 0 or values.max() > _MAX_CODE):
-        raise CheckpointError(f"Layer {name!r} has a {what} outside 0 to {_MAX_CODE}.")
-    return values.astype(np.uint8, copy=False)
+def _check_bits(name: str, bits: int) -> None:
+    if bits not in BITS:
+        raise CheckpointError(
+            f"Layer {name!r} cannot have codes of {bits} bits; they have "
+            f"{', '.join(map(str, BITS))}."
+        )
+
+
+def _packed(name: str, what: str, values: npt.NDArray[Any], bits: int) -> npt.NDArray[np.uint8]:
+    top = (1 << bits) - 1
+    if values.size and (values.min() < 0 or values.max() > top):
+        raise CheckpointError(f"Layer {name!r} has a {what} outside 0 to {top}.")
+    return pack_codes(values.astype(np.uint8, copy=False), bits)

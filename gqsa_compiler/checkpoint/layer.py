@@ -7,13 +7,17 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-SYMMETRIC_ZERO = 8
-"""The zero point of every group of a symmetric layer (codes 0..15 mean -8..7)."""
+from gqsa_compiler.checkpoint.bits import packed_size, unpack_codes
+
+
+def symmetric_zero(bits: int) -> int:
+    """Return the zero point of every group of a symmetric layer: codes mean -2^(bits-1) and up."""
+    return 1 << (bits - 1)
 
 
 @dataclass(frozen=True, eq=False)
 class BSRLayer:
-    """A linear layer's weight [N, K] as Block Sparse Row with 1 x G blocks of 4-bit codes.
+    """A linear layer's weight [N, K] as Block Sparse Row with 1 x G blocks of codes.
 
     A weight is ``(code - zero) * scale``; the weights of a group that is absent are 0.
 
@@ -29,14 +33,14 @@ class BSRLayer:
         Row r's groups are ``indptr[r]:indptr[r + 1]``.
     indices : uint16 [nnz]
         Column group (0 .. K/G - 1) of each kept group, strictly increasing within a row.
-    qweight : uint8 [nnz, G / 2]
-        Codes: element 2i in the low nibble of byte i, element 2i + 1 in the high one.
+    qweight : uint8 [nnz, G * bits / 8]
+        Codes, 0 to 2^bits - 1: each group is a stream of bits (`bits.pack_codes`).
     scales : float16 [nnz]
-    qzeros : uint8 [ceil(nnz / 2)] or None
-        True zero points, group 2i in the low nibble of byte i; None when symmetric
-        (every zero is `SYMMETRIC_ZERO`).
+    qzeros : uint8 [ceil(nnz * bits / 8)] or None
+        True zero points, 0 to 2^bits - 1: one stream of bits. None when symmetric (every zero is
+        `symmetric_zero`).
     bits : int
-        Bits a code; 4.
+        Bits of a code: 2, 3, 4 or 8.
     """
 
     name: str
@@ -72,14 +76,16 @@ class BSRLayer:
         arrays = (self.indptr, self.indices, self.qweight, self.scales)
         return sum(a.nbytes for a in arrays) + (0 if self.qzeros is None else self.qzeros.nbytes)
 
-    def codes(self) -> npt.NDArray[np.uint8]:
-        """Unpack the 4-bit codes to uint8 [nnz, G]."""
-        return np.stack([self.qweight & 0xF, self.qweight >> 4], axis=-1).reshape(
-            self.nnz, self.group_size
-        )
+    def codes(self, start: int = 0, stop: int | None = None) -> npt.NDArray[np.uint8]:
+        """Unpack the codes of kept groups `start` to `stop` to uint8 [stop - start, G]."""
+        return unpack_codes(self.qweight[start:stop], self.bits, self.group_size)
 
-    def zeros(self) -> npt.NDArray[np.uint8]:
-        """Unpack the zero points to uint8 [nnz]."""
+    def zeros(self, start: int = 0, stop: int | None = None) -> npt.NDArray[np.uint8]:
+        """Unpack the zero points of kept groups `start` to `stop` to uint8 [stop - start]."""
+        stop = self.nnz if stop is None else stop
         if self.qzeros is None:
-            return np.full(self.nnz, SYMMETRIC_ZERO, np.uint8)
-        return np.stack([self.qzeros & 0xF, self.qzeros >> 4], axis=-1).reshape(-1)[: self.nnz]
+            return np.full(stop - start, symmetric_zero(self.bits), np.uint8)
+        before = start % 8  # eight zero points begin at a whole byte
+        first = (start - before) * self.bits // 8
+        part = self.qzeros[first : packed_size(stop, self.bits)]
+        return unpack_codes(part, self.bits, stop - start + before)[before:]

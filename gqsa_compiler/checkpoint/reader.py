@@ -127,16 +127,18 @@ class CheckpointReader:
             if f"{name}.{part}" in self._files
         }
         n, k = (int(size) for size in arrays["shape"])
+        bits = self.quantization.scheme(name).bits
+        width = arrays["qweight"].shape[1]
         layer = BSRLayer(
             name=name,
             shape=(n, k),
-            group_size=2 * arrays["qweight"].shape[1],
+            group_size=8 * width // bits,
             indptr=arrays["indptr"],
             indices=arrays["indices"],
             qweight=arrays["qweight"],
             scales=arrays["scales"],
             qzeros=arrays.get("qzeros"),
-            bits=self.quantization.scheme(name).bits,
+            bits=bits,
         )
         source = str(self._files[f"{name}.qweight"].path)
         validate_layer(layer, self.quantization, source=source)

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
+from gqsa_compiler.checkpoint.bits import packed_size
 from gqsa_compiler.checkpoint.config import QuantizationConfig
 from gqsa_compiler.checkpoint.layer import BSRLayer
 from gqsa_compiler.errors import CheckpointError
@@ -58,21 +59,24 @@ def validate_layer(
     ------
     CheckpointError
         A dtype or shape is wrong, `indptr` or `indices` are out of order or range, a scale is not
-        finite, the padding nibble of `qzeros` is not 0, or the layer differs from `config`.
+        finite, a padding bit of `qzeros` is not 0, or the layer differs from `config`.
     """
     fail = _Fail(layer.name, source)
     _check_sizes(layer, fail)
     if config is not None:
         _check_scheme(layer, config, fail)
-    n, nnz, half = layer.shape[0], layer.nnz, layer.group_size // 2
+    n, nnz, bits = layer.shape[0], layer.nnz, layer.bits
     _check_array("indptr", layer.indptr, np.int32, (n + 1,), fail)
     _check_array("indices", layer.indices, np.uint16, (nnz,), fail)
-    _check_array("qweight", layer.qweight, np.uint8, (nnz, half), fail)
+    _check_array(
+        "qweight", layer.qweight, np.uint8, (nnz, packed_size(layer.group_size, bits)), fail
+    )
     _check_array("scales", layer.scales, np.float16, (nnz,), fail)
     if layer.qzeros is not None:
-        _check_array("qzeros", layer.qzeros, np.uint8, ((nnz + 1) // 2,), fail)
-        if nnz % 2 and layer.qzeros[-1] >> 4:
-            raise fail("the padding nibble at the end of qzeros is not 0")
+        _check_array("qzeros", layer.qzeros, np.uint8, (packed_size(nnz, bits),), fail)
+        used = nnz * bits % 8  # bits of the last byte, if it is not full
+        if used and layer.qzeros[-1] >> used:
+            raise fail("the padding bits at the end of qzeros are not 0")
     _check_order(layer, fail)
     finite = np.isfinite(layer.scales)
     if not finite.all():
@@ -92,7 +96,7 @@ class _Fail:
 def _check_sizes(layer: BSRLayer, fail: _Fail) -> None:
     n, k = layer.shape
     if layer.bits not in BITS:
-        raise fail(f"it has {layer.bits} bits a code; this version reads 4")
+        raise fail(f"it has {layer.bits} bits a code, not {', '.join(map(str, BITS))}")
     if layer.group_size not in GROUP_SIZES:
         raise fail(f"its group size {layer.group_size} is not a power of two from 8 to 256")
     if not 1 <= n < MAX_INDEX or not 1 <= k < MAX_INDEX:

@@ -8,8 +8,9 @@ import typer
 
 from gqsa_compiler.cli import options
 from gqsa_compiler.cli.command import command
-from gqsa_compiler.cli.console import bytes_text, emit_json, progress, show_settings
+from gqsa_compiler.cli.console import emit_json, progress, show_settings
 from gqsa_compiler.cli.paths import require_artefact
+from gqsa_compiler.units import bytes_text
 
 
 @command

@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 import typer
 
 from gqsa_compiler.cli.signals import SIGNAL_BASE, Stop, Stopped, stop_message, stop_signals
-from gqsa_compiler.errors import GqsaError
+from gqsa_compiler.errors import GqsaError, out_of_memory
 from gqsa_compiler.outdir import disk_full
 
 EXIT_FAILURE = 1
@@ -77,8 +77,8 @@ def describe(error: BaseException) -> tuple[str, int]:
             f"No space left on the disk{where}; free some, or write elsewhere.",
             EXIT_FAILURE,
         )
-    if isinstance(error, MemoryError):
-        detail = f" ({error})" if str(error) else ""
+    if out_of_memory(error):
+        detail = f" ({str(error).splitlines()[0]})" if str(error) else ""
         return (
             f"Not enough memory{detail}; use a smaller --context, or a machine with more.",
             EXIT_FAILURE,

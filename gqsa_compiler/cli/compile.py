@@ -30,8 +30,8 @@ def compile_(
     recipe: Annotated[
         str | None,
         typer.Option(
-            help="For a dense MODEL: compress it on the way (e.g. w4s30g16), "
-            "or 'dense' to compile it as it is."
+            help="For a dense MODEL: compress it on the way in one shot (e.g. w4s30g16), or "
+            "'dense' to compile it as it is."
         ),
     ] = None,
     context: Annotated[
@@ -85,6 +85,11 @@ def compile_(
             "debug dump": debug_dump,
         },
     )
+    if recipe not in (None, "dense"):
+        note(
+            "The model is compressed in one shot here. gqsa compress trains it too, which takes "
+            "longer and gives a much better model."
+        )
     from gqsa_compiler.compile import CompileOptions, compile_model
 
     settings = CompileOptions(

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from gqsa_compiler.cli.console import bytes_text, emit_table, seconds_text
+from gqsa_compiler.cli.console import emit_table
+from gqsa_compiler.units import bytes_text, seconds_text
 
 _KINDS = {
     "compressed": "sparse INT4 layers",

@@ -9,7 +9,8 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from gqsa_compiler.progress import Progress
+from gqsa_compiler.progress import Remaining
+from gqsa_compiler.units import seconds_text
 
 if TYPE_CHECKING:
     from rich.progress import Progress as Bars
@@ -48,46 +49,34 @@ def emit_table(table: Table) -> None:
     console.print(table)
 
 
-def seconds_text(seconds: float) -> str:
-    """Write a duration as people read it, e.g. ``1.4 s``, ``42 s`` or ``3 min 05 s``."""
-    if seconds < 9.95:
-        return f"{seconds:.1f} s"
-    if seconds < 59.5:
-        return f"{seconds:.0f} s"
-    minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes} min {rest:02d} s"
-
-
-def bytes_text(count: float) -> str:
-    """Write a number of bytes with a decimal unit, e.g. ``98.4 MB``."""
-    for unit in ("B", "kB", "MB"):
-        if count < 1000:
-            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
-        count /= 1000
-    return f"{count:.2f} GB"
-
-
 class PlainProgress:
     """Progress as lines, for logs: a line when a stage begins and a few while it lasts."""
 
     def __init__(self, write: Callable[[str], None] = note) -> None:
         self._write = write
         self._stage = ""
-        self._started = 0.0
+        self._status = ""
+        self._remaining = Remaining()
         self._written = 0.0
 
     def __call__(self, stage: str, done: int, total: int) -> None:
         now = time.monotonic()
         if stage != self._stage:
-            self._stage, self._started, self._written = stage, now, now
+            self._stage, self._status, self._written = stage, "", now
+            self._remaining = Remaining(done)
             self._write(f"{stage} ...")
             return
         if now - self._written < _PLAIN_SECONDS or total <= 0 or done >= total:
             return
         self._written = now
-        left = (now - self._started) / done * (total - done) if done else None
+        left = self._remaining.seconds(done, total)
         rest = f", {seconds_text(left)} left" if left is not None else ""
-        self._write(f"{stage}: {done}/{total}{rest}")
+        status = f", {self._status}" if self._status else ""
+        self._write(f"{stage}: {done}/{total}{status}{rest}")
+
+    def status(self, text: str) -> None:
+        """Say something about the step that is done, e.g. its loss, until the stage ends."""
+        self._status = text
 
 
 class BarProgress:
@@ -101,11 +90,16 @@ class BarProgress:
     def __call__(self, stage: str, done: int, total: int) -> None:
         size = total if total > 0 else None
         if stage not in self._tasks:
-            self._tasks[stage] = self._bars.add_task(stage, total=size)
+            self._tasks[stage] = self._bars.add_task(stage, total=size, status="")
         if stage != self._stage:
             self.finish()
             self._stage = stage
         self._bars.update(self._tasks[stage], completed=done, total=size)
+
+    def status(self, text: str) -> None:
+        """Say something about the step that is done, e.g. its loss, beside the stage's bar."""
+        if self._stage:
+            self._bars.update(self._tasks[self._stage], status=text)
 
     def finish(self) -> None:
         """Mark the stage in hand as done."""
@@ -116,11 +110,12 @@ class BarProgress:
 
 
 @contextmanager
-def progress(transient: bool = False) -> Iterator[Progress]:
+def progress(transient: bool = False) -> Iterator[PlainProgress | BarProgress]:
     """Give a callback ``(stage, done, total)`` that draws progress on standard error.
 
-    ``total`` counts steps of a stage; 0 means that their number is not known. On a terminal,
-    `transient` bars are wiped when they are done.
+    ``total`` counts steps of a stage; 0 means that their number is not known. Its method `status`
+    takes words about the latest step, such as losses. On a terminal, `transient` bars are wiped
+    when they are done.
     """
     if not sys.stderr.isatty():
         yield PlainProgress()
@@ -142,6 +137,7 @@ def progress(transient: bool = False) -> Iterator[Progress]:
         TimeElapsedColumn(),
         TextColumn("left"),
         TimeRemainingColumn(),
+        TextColumn("{task.fields[status]}", markup=False),
     )
     # A step can take minutes (a decoder block of a large model): estimate over all of them.
     bars = Bars(

@@ -9,7 +9,8 @@ import typer
 
 from gqsa_compiler.cli import options
 from gqsa_compiler.cli.command import command
-from gqsa_compiler.cli.console import bytes_text, emit_json, emit_table
+from gqsa_compiler.cli.console import emit_json, emit_table
+from gqsa_compiler.units import bytes_text
 
 
 @command

@@ -77,3 +77,7 @@ def _prepare_streams() -> None:
             setattr(sys, name, open(number, mode, encoding="utf-8", closefd=False))  # noqa: SIM115
     if isinstance(sys.stdin, io.TextIOWrapper):
         sys.stdin.reconfigure(encoding="utf-8", errors="surrogateescape")
+
+
+if __name__ == "__main__":  # `accelerate launch -m gqsa_compiler.cli.main`
+    sys.exit(main())

@@ -11,16 +11,20 @@ from typing import TYPE_CHECKING, Any
 from gqsa_compiler._callable import make_callable
 
 if TYPE_CHECKING:
-    from gqsa_compiler.compress.pipeline import CompressReport, compress_model
-    from gqsa_compiler.compress.recipe import Recipe, parse_recipe
+    from gqsa_compiler.compress.calibration.spec import CalibrationSpec
+    from gqsa_compiler.compress.pipeline import compress_model
+    from gqsa_compiler.compress.recipes.presets import parse_recipe
+    from gqsa_compiler.compress.recipes.recipe import Recipe
+    from gqsa_compiler.compress.result import CompressReport
 
-__all__ = ["CompressReport", "Recipe", "compress_model", "parse_recipe"]
+__all__ = ["CalibrationSpec", "CompressReport", "Recipe", "compress_model", "parse_recipe"]
 
 _MODULES = {
-    "CompressReport": "pipeline",
+    "CalibrationSpec": "calibration.spec",
+    "CompressReport": "result",
     "compress_model": "pipeline",
-    "Recipe": "recipe",
-    "parse_recipe": "recipe",
+    "Recipe": "recipes.recipe",
+    "parse_recipe": "recipes.presets",
 }
 
 

@@ -62,6 +62,12 @@ def linear_layers(block: nn.Module) -> dict[str, nn.Linear]:
     return {n: m for n, m in block.named_modules() if isinstance(m, nn.Linear)}
 
 
+def release(module: nn.Module) -> None:
+    """Free the parameters' memory; they keep their shapes, which is what reading them checks."""
+    for parameter in module.parameters():
+        parameter.data = parameter.data.new_empty(()).expand(parameter.shape)
+
+
 def to_float32(value: Any) -> Any:
     """Copy a block's arguments with their floating tensors as float32."""
     if isinstance(value, Tensor):
@@ -185,3 +191,14 @@ def adds_to_output(
         handle.remove()
     error = (moved - plain - shift).abs().max()
     return len(members) == 1 and bool(error <= 1e-3 * shift + 1e-5 * plain.abs().max())
+
+
+def place_rest(model: nn.Module, blocks: nn.ModuleList, device: torch.device | str) -> None:
+    """Move all but the blocks' parameters, which are not there yet, to a device."""
+    inside = {id(item) for item in blocks.parameters()}
+    for module in model.modules():
+        for item in module.parameters(recurse=False):
+            if id(item) not in inside:
+                item.data = item.data.to(device)
+        for name, buffer in list(module.named_buffers(recurse=False)):
+            setattr(module, name, buffer.to(device))

@@ -28,7 +28,7 @@ def linear(inputs: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor
     -------
     float32 [..., N]
     """
-    if not torch.backends.mkldnn.is_available():
+    if inputs.device.type != "cpu" or not torch.backends.mkldnn.is_available():
         return functional.linear(inputs, weight, bias)
     product: Callable[..., Tensor] = torch.ops.mkldnn._linear_pointwise
     return product(inputs, weight, bias, "none", [], "")

@@ -1,165 +1,98 @@
-"""Compress a model, one decoder block at a time, into a GQSA checkpoint."""
+"""Compress a model into a GQSA checkpoint: calibrate, plan, blocks, whole model, write."""
 
 from __future__ import annotations
 
+import os
 import time
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
-from importlib.metadata import PackageNotFoundError, version
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-import numpy as np
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from gqsa_compiler.checkpoint import CheckpointWriter, QuantizationConfig, from_codes
-from gqsa_compiler.compress.block_oneshot import BlockState, compress_block
-from gqsa_compiler.compress.blocks import (
-    capture_inputs,
-    find_blocks,
-    linear_layers,
+from gqsa_compiler.compress.allocation.allocate import check_budget
+from gqsa_compiler.compress.blocks import find_blocks, linear_layers
+from gqsa_compiler.compress.calibration import CalibrationSpec, calibration_tokens
+from gqsa_compiler.compress.devices import choose_device, training_dtype
+from gqsa_compiler.compress.failures import explained
+from gqsa_compiler.compress.fingerprint import run_settings
+from gqsa_compiler.compress.parallel.launch import find_launch
+from gqsa_compiler.compress.parallel.together import compress_together
+from gqsa_compiler.compress.phases.block import BlockPhase, evenly
+from gqsa_compiler.compress.phases.model import ModelPhase, done_name, required
+from gqsa_compiler.compress.phases.plan import make_plan
+from gqsa_compiler.compress.phases.write import STAGE as WRITING
+from gqsa_compiler.compress.phases.write import STATE as WRITTEN
+from gqsa_compiler.compress.phases.write import WritePhase
+from gqsa_compiler.compress.recipes.budget import Budget
+from gqsa_compiler.compress.recipes.nominal import nominal_bits_per_weight
+from gqsa_compiler.compress.recipes.recipe import STAGES, Recipe
+from gqsa_compiler.compress.recipes.recipe_file import recipe_to_dict
+from gqsa_compiler.compress.request import (
+    CompressOptions,
+    PathText,
+    choose_calibration,
+    choose_recipe,
 )
-from gqsa_compiler.compress.calibration import (
-    Progress,
-    read_calibration,
-    sample_text,
-    sampling_dtype,
-)
-from gqsa_compiler.compress.recipe import (
-    DEFAULT_SAMPLES,
-    DEFAULT_SEQUENCE_LENGTH,
-    Recipe,
-    parse_recipe,
-)
-from gqsa_compiler.errors import ModelError, UsageError
+from gqsa_compiler.compress.result import CompressReport
+from gqsa_compiler.compress.store import producer
+from gqsa_compiler.compress.training.model_stage import batch_size
+from gqsa_compiler.compress.training.ranks import Ranks
+from gqsa_compiler.compress.work.reader import WorkReader
+from gqsa_compiler.compress.work.results import BLOCK_STATE
+from gqsa_compiler.compress.work.runevents import Calibration, Resume, Start
+from gqsa_compiler.compress.work.runlog import RunLog
+from gqsa_compiler.compress.work.workdir import WorkDirectory, work_path
+from gqsa_compiler.errors import ModelError
 from gqsa_compiler.frontends.source import ModelSource, resolve
-from gqsa_compiler.frontends.torch_model import (
-    build_model,
-    load_parameters,
-    load_tokenizer,
-    stored_dtype,
-)
-from gqsa_compiler.limits import BALANCES
-from gqsa_compiler.models.config import DecoderConfig
+from gqsa_compiler.frontends.torch_model import build_model
 from gqsa_compiler.models.registry import parse_config
 from gqsa_compiler.outdir import check_output
+from gqsa_compiler.progress import Progress, Status
 
-BATCH_TOKENS = 2048
-"""About so many tokens run through a block at once."""
-
-RecoverBlock = Callable[[BlockState], BlockState]
-"""Improves a block after one-shot compression (training goes here); returns the new state.
-
-The new state has the outputs of the new block too.
-"""
-
-
-@dataclass(frozen=True)
-class LayerReport:
-    """One compressed layer.
-
-    Parameters
-    ----------
-    name : str
-        Module path.
-    n, k : int
-        Output and input features.
-    sparsity : float
-        Share of groups dropped.
-    bytes : int
-        Stored bytes.
-    """
-
-    name: str
-    n: int
-    k: int
-    sparsity: float
-    bytes: int
-
-
-@dataclass(frozen=True)
-class CompressReport:
-    """What `compress_model` made.
-
-    Parameters
-    ----------
-    model, recipe, balance : str
-    output : str
-        The checkpoint's directory.
-    calibration : str
-        The text file, or ``sampled``.
-    calibration_tokens : int
-    layers : tuple of LayerReport
-    block_errors : tuple of float
-        Per block, the squared error of its outputs against the dense model's, relative.
-    bits_per_weight : float
-        Stored bits a weight of the compressed layers, with all indices and scales.
-    seconds : float
-        Wall time.
-    """
-
-    model: str
-    recipe: str
-    balance: str
-    output: str
-    calibration: str
-    calibration_tokens: int
-    layers: tuple[LayerReport, ...]
-    block_errors: tuple[float, ...]
-    bits_per_weight: float
-    seconds: float
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return the report as JSON types."""
-        return asdict(self)
+TOKENS = "tokens"
 
 
 def compress_model(
-    model: str | ModelSource,
-    output: str | Path,
-    recipe: str | Recipe,
+    model: str | os.PathLike[str] | ModelSource,
+    output: str | os.PathLike[str],
+    recipe: PathText | Recipe,
     *,
-    calibration: str | Path | None = None,
-    samples: int = DEFAULT_SAMPLES,
-    sequence_length: int = DEFAULT_SEQUENCE_LENGTH,
+    stages: str | Sequence[str] | None = None,
+    budget: str | Budget | None = None,
+    balance: str | None = None,
+    calibration: CalibrationSpec | PathText | Sequence[PathText] | None = None,
+    samples: int | Literal["all"] | None = None,
+    sequence_length: int | None = None,
     seed: int = 0,
-    balance: str = "matrix",
+    device: str = "auto",
     overwrite: bool = False,
+    restart: bool = False,
     progress: Progress | None = None,
-    recover: RecoverBlock | None = None,
+    status: Status | None = None,
 ) -> CompressReport:
-    """Prune and quantise every linear layer of a model's decoder blocks.
+    """Prune and quantise every linear layer of a model's decoder blocks, and train what is left.
 
-    Memory is at its peak either while the model samples text, when it is there whole in 16 bits
-    (float32 if it is stored so and the CPU has no bfloat16 products), or in a block: two float32
-    copies of it, up to sixteen float64 [K, K] for its widest layer's K inputs, and for every
-    calibration token the block's activations. The model is never there whole in that second phase.
+    A run that is interrupted leaves ``<output>.work``; the same call goes on from there. Several
+    processes that `accelerate launch` has started share the end-to-end stages: each makes this
+    call and gets the report, and the first one shows progress.
 
     Parameters
     ----------
-    model : str or ModelSource
+    model : str, path or ModelSource
         What `resolve` takes: a directory, a GGUF file, a hub name or ``smollm2-135m``.
     output : path
         The checkpoint to make; it appears when it is whole.
-    recipe : str or Recipe
-        E.g. ``w4s30g16``.
-    calibration : path, optional
-        A UTF-8 text. By default the model samples text itself.
-    samples, sequence_length : int
-        Calibration sequences and the tokens of each.
-    seed : int
-        Of the sampled text. The same seed gives the same checkpoint on the same CPU.
-    balance : str
-        ``matrix`` (drop the least important groups of each matrix) or ``row`` (as many groups in
-        every row).
-    overwrite : bool
-        Replace an existing checkpoint.
+    recipe, stages, budget, balance
+        See `choose_recipe`. Presets train; ``stages="none"`` is one shot.
+    calibration, samples, sequence_length
+        See `choose_calibration`.
+    seed, device, overwrite, restart
+        See `CompressOptions`.
     progress : callable, optional
         Called with (stage, done, total).
-    recover : callable, optional
-        Called after each block's one-shot compression; what it returns is stored and goes on to
-        the next block.
+    status : callable, optional
+        Called before that with a few words about the step.
 
     Returns
     -------
@@ -168,198 +101,190 @@ def compress_model(
     Raises
     ------
     UsageError
-        An argument is out of range, the output exists or the model lies in it, or the calibration
-        text cannot be used.
+        An argument is out of range, the output exists or the model lies in it, the calibration
+        text cannot be used, or the work directory was begun with other settings.
     ModelError
-        The model cannot be read or is compressed already, or a layer does not fit the recipe.
+        The model cannot be read or is compressed already, a layer does not fit the recipe, or
+        numbers are not finite.
+    GqsaError
+        The disk is full or memory is not enough. What is done is kept.
     """
-    started = time.monotonic()
-    recipe = parse_recipe(recipe) if isinstance(recipe, str) else recipe
-    _check_arguments(samples, sequence_length, balance)
-    source = resolve(model) if isinstance(model, str) else model
+    chosen = choose_recipe(recipe, stages=stages, budget=budget, balance=balance)
+    source = model if isinstance(model, ModelSource) else resolve(os.fspath(model))
     if source.kind == "gqsa":
         raise ModelError(
             f"{source.path} is compressed already; compress the model that it was made from."
         )
-    check_output(output, overwrite, protect=(source.path, *([calibration] if calibration else [])))
-    report = progress or (lambda _stage, _done, _total: None)
-    skeleton = build_model(source)
-    prefix, blocks = find_blocks(skeleton)
-    _check_groups(prefix, blocks, recipe)
-    parsed = parse_config(source.config, str(source.path))
-    _check_length(source, parsed, sequence_length)
-    # Readers of the checkpoint know no family's default.
-    tied = parsed.tie_word_embeddings
-    config = {**source.config, "tie_word_embeddings": tied, "dtype": _matrix_dtype(source)}
-    quantization = QuantizationConfig(
-        bits=recipe.bits,
-        group_size=recipe.group_size,
-        ratio=recipe.sparsity,
-        balance=balance,
-        ignore=("lm_head",),
-        producer=_producer(),
+    spec = choose_calibration(
+        source, chosen, calibration, samples=samples, sequence_length=sequence_length, seed=seed
     )
-    layers: list[LayerReport] = []
-    errors: list[float] = []
-    with CheckpointWriter(output, config, quantization, overwrite=overwrite) as writer:
-        source.save_tokenizer(writer.directory)
-        tokens = _calibration_tokens(
-            source, parsed.bos_token_id, calibration, samples, sequence_length, seed, report
+
+    def begin(ranks: Ranks, own_device: str) -> _Compression:
+        options = CompressOptions(chosen, spec, seed, own_device, overwrite, restart)
+        shown = (None, None) if ranks.index else (progress, status)
+        return _Compression(source, Path(output), options, ranks, *shown)
+
+    launch = find_launch()
+    if launch is None:
+        return begin(Ranks(), device).run()
+    return compress_together(launch, device, chosen, begin)
+
+
+class _Compression:
+    """One run."""
+
+    def __init__(
+        self,
+        source: ModelSource,
+        output: Path,
+        options: CompressOptions,
+        ranks: Ranks,
+        progress: Progress | None,
+        status: Status | None,
+    ) -> None:
+        self._source = source
+        self._output = output
+        self._options = options
+        self._recipe = options.recipe
+        self._ranks = ranks
+        self._report_progress = progress or (lambda _stage, _done, _total: None)
+        self._status = status or (lambda _text: None)
+        self._stage = "reading the model"
+        self._work: WorkReader | None = None
+        self._started = time.monotonic()
+        self._device = choose_device(options.device)
+        self._dtype = training_dtype(self._device)
+        self._parsed = parse_config(source.config, str(source.path))
+        self._prefix, self._paths = self._check()
+        self._whole = ModelPhase(
+            source, self._prefix, self._recipe, options.seed, self._device, self._dtype, ranks
         )
-        _write_rest(writer, source, prefix, blocks, tied=tied)
-        load_parameters(skeleton, "", source, skip=f"{prefix}.")
-        captured = capture_inputs(skeleton, blocks, _batches(tokens))
-        whole = capture_inputs(skeleton, blocks, [tokens]).arguments
-        inputs = dense_inputs = captured.hidden
-        for index, (block, arguments) in enumerate(zip(blocks, captured.arguments, strict=True)):
-            report("compressing blocks", index, len(blocks))
-            name = f"{prefix}.{index}"
-            load_parameters(block, name, source)
-            state = compress_block(
-                name, block, arguments, whole[index], inputs, dense_inputs, recipe, balance=balance
+
+    def _check(self) -> tuple[str, list[list[str]]]:
+        """Refuse what cannot work, before any work; returns the layers' paths block by block."""
+        source, spec = self._source, self._options.calibration
+        for stage in (self._recipe.weights, self._recipe.scales):
+            if stage is not None:
+                samples = spec.samples or stage.batch_tokens
+                self._ranks.check_batch(batch_size(stage, samples, spec.sequence_length))
+        protect = (source.path, *spec.local_paths)
+        check_output(self._output, self._options.overwrite, protect=protect)
+        prefix, blocks = find_blocks(build_model(source))
+        shapes = []
+        for index, block in enumerate(blocks):
+            for path, layer in linear_layers(block).items():
+                self._check_groups(f"{prefix}.{index}.{path}", layer.in_features)
+                shapes.append((layer.out_features, layer.in_features))
+        recipe = self._recipe
+        if recipe.budget is not None:
+            check_budget(shapes, recipe.budget, recipe.target, recipe.balance)
+        return prefix, [list(linear_layers(block)) for block in blocks]
+
+    def _check_groups(self, name: str, features: int) -> None:
+        size, budget = self._recipe.group_size, self._recipe.budget
+        if features % size and (budget is None or not budget.group_sizes):
+            raise ModelError(
+                f"Groups of {size} do not divide the {features} inputs of layer {name}; use a "
+                "smaller group size."
             )
-            if recover is not None:
-                state = recover(state)
-            inputs, dense_inputs = state.outputs, state.targets
-            errors.append(_relative_error(inputs, dense_inputs))
-            layers += _write_layers(writer, state)
-            _release(block)
-        report("compressing blocks", len(blocks), len(blocks))
-    weights = sum(layer.n * layer.k for layer in layers)
-    return CompressReport(
-        model=source.name,
-        recipe=recipe.name,
-        balance=balance,
-        output=str(output),
-        calibration="sampled" if calibration is None else str(calibration),
-        calibration_tokens=tokens.numel(),
-        layers=tuple(layers),
-        block_errors=tuple(errors),
-        bits_per_weight=8 * sum(layer.bytes for layer in layers) / weights,
-        seconds=time.monotonic() - started,
-    )
 
+    def _progress(self, stage: str, done: int, total: int) -> None:
+        self._stage = stage
+        self._report_progress(stage, done, total)
 
-def _check_arguments(samples: int, sequence_length: int, balance: str) -> None:
-    if balance not in BALANCES:
-        raise UsageError(f"Balance {balance!r} is unknown; use {' or '.join(BALANCES)}.")
-    if samples < 1:
-        raise UsageError(f"Calibration needs at least 1 sample, not {samples}.")
-    if sequence_length < 2:
-        raise UsageError(f"A calibration sequence has at least 2 tokens, not {sequence_length}.")
-
-
-def _check_groups(prefix: str, blocks: nn.ModuleList, recipe: Recipe) -> None:
-    for index, block in enumerate(blocks):
-        for name, layer in linear_layers(block).items():
-            if layer.in_features % recipe.group_size:
-                raise ModelError(
-                    f"Groups of {recipe.group_size} do not divide the {layer.in_features} inputs "
-                    f"of layer {prefix}.{index}.{name}; use a smaller group size."
-                )
-
-
-def _check_length(source: ModelSource, config: DecoderConfig, sequence_length: int) -> None:
-    limit = config.max_position_embeddings
-    if sequence_length > limit:
-        raise UsageError(
-            f"The model {source.name} takes at most {limit} tokens, not a calibration sequence of "
-            f"{sequence_length}."
+    def _settings(self) -> dict[str, Any]:
+        return run_settings(
+            self._source,
+            recipe_to_dict(self._recipe),
+            self._options.calibration,
+            self._progress,
+            seed=self._options.seed,
+            device=self._device.type,
+            products=str(self._dtype).removeprefix("torch."),
+            producer=producer(),
         )
 
+    def join(self, message: Mapping[str, Any]) -> None:
+        """Take this process's share of a stage that process 0 has announced."""
+        if self._work is None:
+            self._work = WorkReader.of_other(work_path(self._output), self._settings())
+        tokens = required(self._work, TOKENS)[0][TOKENS]
+        stage, previous, resumed = (message[key] for key in ("stage", "previous", "resumed"))
+        self._whole.join(stage, previous, resumed, tokens, self._work)
 
-def _calibration_tokens(
-    source: ModelSource,
-    bos_token_id: int | None,
-    calibration: str | Path | None,
-    samples: int,
-    sequence_length: int,
-    seed: int,
-    report: Progress,
-) -> Tensor:
-    if calibration is not None:
-        report("reading calibration text", 0, 1)
-        tokenizer = load_tokenizer(source)
-        return read_calibration(Path(calibration), tokenizer, samples, sequence_length)
-    report("sampling calibration text", 0, samples * sequence_length)
-    model = build_model(source, sampling_dtype(stored_dtype(source)))
-    load_parameters(model, "", source)
-    return sample_text(model, bos_token_id, samples, sequence_length, seed, report)
+    def run(self) -> CompressReport:
+        settings = self._settings()
+        place, restart = work_path(self._output), self._options.restart
+        with WorkDirectory.open(place, settings, restart=restart) as work:
+            with RunLog(work.log_path) as log, explained(work, lambda: self._stage, WRITING):
+                if work.resumed:
+                    log.write(Resume(latest(work.names())))
+                else:
+                    path = str(self._source.path.resolve())
+                    log.write(Start({"path": path, **settings}, producer()))
+                report = self._run(work, log)
+            work.finish()
+        return report
 
-
-def _batches(tokens: Tensor) -> list[Tensor]:
-    """Split into equal batches, so that one set of masks serves all."""
-    samples, length = tokens.shape
-    most = max(1, BATCH_TOKENS // length)
-    size = max(n for n in range(1, min(most, samples) + 1) if samples % n == 0)
-    return list(tokens.split(size))
-
-
-def _write_rest(
-    writer: CheckpointWriter,
-    source: ModelSource,
-    prefix: str,
-    blocks: nn.ModuleList,
-    *,
-    tied: bool,
-) -> None:
-    """Store everything but the blocks' linear weights: matrices in 16 bits, vectors as they are."""
-    compressed = {
-        f"{prefix}.{index}.{path}.weight"
-        for index, block in enumerate(blocks)
-        for path in linear_layers(block)
-    }
-    unused = {"lm_head.weight"} if tied else set()
-    for name in source.tensor_names():
-        if name in compressed or name in unused:
-            continue
-        array = source.tensor(name)
-        if array.ndim > 1 and array.dtype == np.float32:
-            half = array.astype(np.float16)
-            if not np.isfinite(half).all():
-                raise ModelError(
-                    f"{source.path}: {name} has values that float16 cannot hold (or NaN)."
-                )
-            array = half
-        writer.add_tensor(name, array)
-
-
-def _matrix_dtype(source: ModelSource) -> str:
-    return "bfloat16" if stored_dtype(source) == torch.bfloat16 else "float16"
-
-
-def _producer() -> str:
-    try:
-        return f"gqsa-compiler {version('gqsa-compiler')}"
-    except PackageNotFoundError:  # run from a source tree that is not installed
-        return "gqsa-compiler"
-
-
-def _release(module: nn.Module) -> None:
-    """Free the parameters' memory."""
-    for parameter in module.parameters():
-        parameter.data = parameter.data.new_empty(0)
-
-
-def _relative_error(outputs: list[Tensor], targets: list[Tensor]) -> float:
-    pairs = zip(outputs, targets, strict=True)
-    wrong = sum(float((a - b).double().square().sum()) for a, b in pairs)
-    return wrong / max(sum(float(b.double().square().sum()) for b in targets), 1e-300)
-
-
-def _write_layers(writer: CheckpointWriter, state: BlockState) -> list[LayerReport]:
-    reports = []
-    for path, weight in state.weights.items():
-        rows, groups, size = weight.codes.shape
-        layer = from_codes(
-            f"{state.name}.{path}",
-            (rows, groups * size),
-            size,
-            weight.keep.numpy(),
-            weight.codes.to(torch.uint8).numpy(),
-            weight.scales.half().numpy(),
-            weight.zeros.to(torch.uint8).numpy(),
+    def _run(self, work: WorkDirectory, log: RunLog) -> CompressReport:
+        tokens = self._tokens(work, log)
+        recipe, seed = self._recipe, self._options.seed
+        plan = make_plan(
+            self._source, recipe, tokens, seed, self._device, work, log, self._progress
         )
-        writer.add_layer(layer)
-        reports.append(LayerReport(layer.name, rows, groups * size, layer.sparsity, layer.nbytes))
-    return reports
+        few = tokens if recipe.block is None else evenly(tokens, recipe.block.samples)
+        blocks = BlockPhase(
+            self._source, self._prefix, recipe, plan, seed, self._device, self._dtype
+        )
+        losses = blocks.run(few, work, log, self._progress)
+        divergence = self._whole.run(tokens, work, log, self._progress, self._status)
+        written = WritePhase(
+            self._source,
+            self._prefix,
+            self._paths,
+            recipe,
+            self._parsed.tie_word_embeddings,
+            self._output,
+            self._options.overwrite,
+        ).run(plan.targets, self._whole, work, log, self._progress, self._started)
+        weights = sum(layer.n * layer.k for layer in written.layers)
+        nominal = nominal_bits_per_weight(recipe) if recipe.structure == "2:4" else None
+        return CompressReport(
+            model=self._source.name,
+            recipe=recipe.name,
+            output=str(self._output),
+            calibration=self._options.calibration.describe(),
+            calibration_samples=len(tokens),
+            calibration_tokens=tokens.numel(),
+            layers=written.layers,
+            block_losses=tuple(losses),
+            bits_per_weight=8 * sum(written.bytes.values()) / weights,
+            nominal_bits_per_weight=nominal,
+            divergence=divergence,
+            seconds=time.monotonic() - self._started,
+        )
+
+    def _tokens(self, work: WorkDirectory, log: RunLog) -> Tensor:
+        found = work.load(TOKENS)
+        if found is not None:
+            return found[0][TOKENS]
+        began = time.monotonic()
+        spec = self._options.calibration
+        tokens = calibration_tokens(
+            spec, self._source, self._parsed.bos_token_id, self._progress, self._device
+        )
+        work.save(TOKENS, {TOKENS: tokens}, {})
+        seconds = time.monotonic() - began
+        log.write(Calibration(spec.describe(), len(tokens), tokens.numel(), seconds))
+        return tokens
+
+
+def latest(names: list[str]) -> str:
+    """Say where a run goes on whose work directory has states of these names."""
+    if WRITTEN in names:
+        return "writing the checkpoint"
+    for stage in reversed(STAGES[1:]):
+        if stage in names or done_name(stage) in names:
+            return f"stage {stage}"
+    blocks = sum(name.startswith(f"{BLOCK_STATE}-") for name in names)
+    return f"block {blocks}" if blocks else "the beginning"

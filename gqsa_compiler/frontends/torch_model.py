@@ -74,12 +74,16 @@ def build_model(source: ModelSource, dtype: torch.dtype = torch.float32) -> Any:
 
 
 def load_parameters(
-    module: nn.Module, prefix: str, source: ModelSource, *, skip: str | None = None
+    module: nn.Module,
+    prefix: str,
+    source: ModelSource,
+    *,
+    skip: str | frozenset[str] | None = None,
 ) -> None:
     """Read the parameters of `module`, whose path in the model is `prefix`, from the source.
 
     They keep the module's dtype; whatever storage they had is dropped. Those whose names inside
-    the module begin with `skip` are left alone.
+    the module begin with `skip`, or are in it if it is a set, are left alone.
 
     Raises
     ------
@@ -88,7 +92,7 @@ def load_parameters(
     """
     names = set(source.tensor_names())
     for name, parameter in module.named_parameters():
-        if skip is not None and name.startswith(skip):
+        if name.startswith(skip) if isinstance(skip, str) else skip is not None and name in skip:
             continue
         stored = f"{prefix}.{name}" if prefix else name
         if stored not in names:

@@ -1,4 +1,4 @@
-"""The packed layout of the generic BSR-INT4 kernel (docs/kernels.md specifies it)."""
+"""The packed layouts of the generic BSR kernels (docs/kernels.md specifies it)."""
 
 from __future__ import annotations
 
@@ -9,13 +9,15 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from gqsa_compiler.checkpoint import BSRLayer
+from gqsa_compiler.checkpoint import BSRLayer, pack_codes
 from gqsa_compiler.errors import CompileError
 from gqsa_compiler.schedules.generic.config import GenericConfig
 from gqsa_compiler.schedules.spec import ACTIVATION_BLOCK, LinearSpec, ParamSpec
 
 BLOCK = 16
 """Scales and zero points are decoded 16 groups at a time, so every array has 16 spare groups."""
+CODE_BITS = (2, 4, 8)
+"""Bits that a packed code may take; others are widened."""
 ROW_COST = 4
 """A row's fixed work, in groups, when rows are divided over the tasks."""
 
@@ -28,16 +30,19 @@ class BsrLayout:
 
     Parameters
     ----------
+    code_bits : int
+        Bits that a code takes: 2, 4 (codes of 3 bits too) or 8.
     full : bool
         Every group is kept: rows are equally long and there are no indices.
     meta : str or None
         dtype of the tensor that holds index and zero point, or None if there is neither.
     meta_shift : int
-        The index is ``meta >> meta_shift``; the zero point, if stored, the low 4 bits.
+        The index is ``meta >> meta_shift``; the zero point, if stored, the low `code_bits` bits.
     lanes : int
         Codes decoded at once.
     """
 
+    code_bits: int
     full: bool
     meta: str | None
     meta_shift: int
@@ -51,15 +56,21 @@ class BsrLayout:
         lanes = min(config.lanes, spec.group_size)
         if spec.activation_dtype == "int8":
             lanes = min(config.lanes, spec.group_size // 2)
-        shift = 0 if spec.symmetric else 4
+        code_bits = min(bits for bits in CODE_BITS if bits >= spec.bits)
+        shift = 0 if spec.symmetric else code_bits
+        meta: str | None = "uint16" if groups << shift <= 65536 else "uint32"
         if full:
-            return cls(True, None if spec.symmetric else "uint8", shift, lanes)
-        return cls(False, "uint16" if groups << shift <= 65536 else "uint32", shift, lanes)
+            meta = None if spec.symmetric else "uint8"
+        return cls(code_bits, full, meta, shift, lanes)
+
+    def group_bytes(self, spec: LinearSpec) -> int:
+        """Bytes of a group's codes."""
+        return spec.group_size * self.code_bits // 8
 
     def params(self, spec: LinearSpec, config: GenericConfig) -> tuple[ParamSpec, ...]:
         """Describe the packed tensors in the kernel's order."""
         result = [
-            ParamSpec("codes", ((spec.nnz + BLOCK) * spec.group_size // 2,), "uint8"),
+            ParamSpec("codes", ((spec.nnz + BLOCK) * self.group_bytes(spec),), "uint8"),
             ParamSpec("scales", (spec.nnz + BLOCK,), "float16"),
         ]
         if self.meta is not None:
@@ -71,32 +82,33 @@ class BsrLayout:
 
 
 def int8_order(size: int, lanes: int) -> npt.NDArray[np.int64]:
-    """Return which element nibble i of a group, and value i of its int8 activations, belong to.
+    """Return which element code i of a group, and value i of its int8 activations, belong to.
 
-    A byte's two nibbles are of one block of `ACTIVATION_BLOCK`, so that their products add up
-    before they are scaled. The bytes of a chunk, one a lane, take turns among the chunk's blocks,
-    so that the scales of a vector are loaded by one broadcast.
+    Codes 2j and 2j + 1, whose products a lane adds up before they are scaled (4-bit ones share a
+    byte), are of one block of `ACTIVATION_BLOCK`. The pairs of a chunk, one a lane, take turns
+    among the chunk's blocks, so that the scales of a vector are loaded by one broadcast.
     """
     blocks = 2 * lanes // ACTIVATION_BLOCK
-    byte, high = np.divmod(np.arange(size), 2)
-    chunk, lane = np.divmod(byte, lanes)
-    return (chunk * blocks + lane % blocks) * ACTIVATION_BLOCK + lane // blocks * 2 + high
+    pair, second = np.divmod(np.arange(size), 2)
+    chunk, lane = np.divmod(pair, lanes)
+    return (chunk * blocks + lane % blocks) * ACTIVATION_BLOCK + lane // blocks * 2 + second
 
 
-def nibble_order(spec: LinearSpec, layout: BsrLayout) -> npt.NDArray[np.int64]:
-    """Return, for nibble i of a group (low nibble of byte 0 first), which element it holds.
+def code_order(spec: LinearSpec, layout: BsrLayout) -> npt.NDArray[np.int64]:
+    """Return, for code i of a packed group (low bits of byte 0 first), which element it holds.
 
-    The float kernel copies 32 (or, for 16 lanes, 64) bits to all lanes and shifts each by its own
-    count; the int8 kernel takes a vector of bytes and splits low from high nibbles (`int8_order`).
+    The float kernels of 2- and 4-bit codes copy 8 to 64 bits to all lanes and shift each by its own
+    count; 64 are copied as two halves, which alternate. 8-bit codes are widened in order. The int8
+    kernels take a vector of pairs of codes (`int8_order`).
     """
     size = spec.group_size
-    nibble = np.arange(size)
+    code = np.arange(size)
     if spec.activation_dtype == "int8":
         return int8_order(size, layout.lanes)
-    if layout.lanes == 16:
-        part, within = nibble // 16, nibble % 16
+    if layout.code_bits == 4 and layout.lanes == 16:
+        part, within = code // 16, code % 16
         return part * 16 + 2 * (within % 8) + within // 8
-    return nibble
+    return code
 
 
 def units_of(spec: LinearSpec) -> int:
@@ -134,7 +146,7 @@ def pack_bsr(
     Raises
     ------
     CompileError
-        The layers do not have the shape, group size or number of groups `spec` says.
+        The layers do not have the shape, bits, group size or number of groups `spec` says.
     """
     _check_parts(spec, parts)
     layout = BsrLayout.of(spec, config)
@@ -146,9 +158,9 @@ def pack_bsr(
     # Where each stored group comes from: its row's first group plus its place in the row.
     source = np.repeat(starts[rows] - new_starts[:-1], counts) + np.arange(spec.nnz)
 
-    codes = np.concatenate([p.qweight for p in parts])[source]
+    codes = np.concatenate([_codes(p, spec, layout) for p in parts])[source]
     packed: dict[str, Array] = {
-        "codes": _spare(_reorder(codes, nibble_order(spec, layout))).reshape(-1),
+        "codes": _spare(codes).reshape(-1),
         "scales": _spare(np.concatenate([p.scales for p in parts])[source]),
     }
     if layout.meta is not None:
@@ -181,18 +193,23 @@ def _check_parts(spec: LinearSpec, parts: Sequence[BSRLayer]) -> None:
                 f"Cannot pack {part.name}: {part.shape[1]} columns in groups of "
                 f"{part.group_size}, but the kernel was built for {spec.k} and {spec.group_size}."
             )
+        if part.bits != spec.bits:
+            raise CompileError(
+                f"Cannot pack {part.name}: it has codes of {part.bits} bits, but the kernel was "
+                f"built for {spec.bits}."
+            )
         if part.symmetric and not spec.symmetric:
-            continue  # its zeros are all `SYMMETRIC_ZERO`, stored like any other
+            continue  # its zeros are all `symmetric_zero`, stored like any other
         if part.symmetric != spec.symmetric:
             raise CompileError(f"Cannot pack {part.name}: the kernel was built without zeros.")
 
 
-def _reorder(qweight: npt.NDArray[np.uint8], order: npt.NDArray[np.int64]) -> Array:
-    if np.array_equal(order, np.arange(order.size)):
-        return qweight
-    nibbles = np.stack([qweight & 0xF, qweight >> 4], axis=-1).reshape(-1, order.size)
-    nibbles = nibbles[:, order]
-    return nibbles[:, 0::2] | (nibbles[:, 1::2] << 4)
+def _codes(part: BSRLayer, spec: LinearSpec, layout: BsrLayout) -> Array:
+    """Return a layer's codes in the kernel's order, uint8 [nnz, `BsrLayout.group_bytes`]."""
+    order = code_order(spec, layout)
+    if part.bits == layout.code_bits and np.array_equal(order, np.arange(order.size)):
+        return part.qweight
+    return pack_codes(part.codes()[:, order], layout.code_bits)
 
 
 def _spare(values: Array) -> Array:

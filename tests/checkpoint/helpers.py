@@ -12,7 +12,14 @@ import numpy as np
 import numpy.typing as npt
 from hypothesis import strategies as st
 
-from gqsa_compiler.checkpoint import BSRLayer, CheckpointWriter, QuantizationConfig, from_codes
+from gqsa_compiler.checkpoint import (
+    BSRLayer,
+    CheckpointWriter,
+    QuantizationConfig,
+    from_codes,
+    pack_codes,
+)
+from gqsa_compiler.limits import BITS
 
 Raw = dict[str, tuple[str, list[int], bytes]]
 """Tensor name -> dtype name, shape, data."""
@@ -29,15 +36,16 @@ def random_layer(
     symmetric: bool = False,
     seed: int = 0,
     scale: float = 0.01,
+    bits: int = 4,
 ) -> BSRLayer:
     """Return a layer with random codes; `density` 0 and 1 give empty and full rows."""
     rng = np.random.default_rng(seed)
     n, columns = shape[0], shape[1] // group_size
     keep = rng.random((n, columns)) < density
-    codes = rng.integers(0, 16, (n, columns, group_size), dtype=np.uint8)
+    codes = rng.integers(0, 1 << bits, (n, columns, group_size), dtype=np.uint8)
     scales = (rng.standard_normal((n, columns)) * scale).astype(np.float16)
-    zeros = None if symmetric else rng.integers(0, 16, (n, columns), dtype=np.uint8)
-    return from_codes(name, shape, group_size, keep, codes, scales, zeros)
+    zeros = None if symmetric else rng.integers(0, 1 << bits, (n, columns), dtype=np.uint8)
+    return from_codes(name, shape, group_size, keep, codes, scales, zeros, bits)
 
 
 @st.composite
@@ -48,9 +56,11 @@ def layers(
     columns: int | None = None,
     group_size: int | None = None,
     symmetric: bool | None = None,
+    bits: int | None = None,
 ) -> BSRLayer:
-    """Draw layers: any mask (empty and full rows come up often), any codes, extreme scales."""
+    """Draw layers: any bits and mask (empty and full rows come up often), extreme scales."""
     g = draw(st.sampled_from([8, 16, 32])) if group_size is None else group_size
+    b = draw(st.sampled_from(BITS)) if bits is None else bits
     n = draw(st.integers(1, 7))
     c = draw(st.integers(1, 6)) if columns is None else columns
     rows = st.one_of(
@@ -58,29 +68,36 @@ def layers(
     )
     keep = np.array(draw(st.lists(rows, min_size=n, max_size=n)), dtype=bool).reshape(n, c)
     rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
-    codes = rng.integers(0, 16, (n, c, g), dtype=np.uint8)
+    codes = rng.integers(0, 1 << b, (n, c, g), dtype=np.uint8)
     size = draw(st.sampled_from([6e-8, 1e-4, 1.0, 65504.0]))
     signs = rng.choice([-1.0, 1.0], (n, c))
     scales = (signs * size * rng.uniform(0.5, 1.0, (n, c))).astype(np.float16)
     no_zeros = draw(st.booleans()) if symmetric is None else symmetric
-    zeros = None if no_zeros else rng.integers(0, 16, (n, c), dtype=np.uint8)
-    return from_codes(name, (n, c * g), g, keep, codes, scales, zeros)
+    zeros = None if no_zeros else rng.integers(0, 1 << b, (n, c), dtype=np.uint8)
+    return from_codes(name, (n, c * g), g, keep, codes, scales, zeros, b)
+
+
+def naive_code(stream: npt.NDArray[np.uint8], bits: int, i: int) -> int:
+    """Read code i of a stream of bits, one bit at a time."""
+    code = 0
+    for b in range(bits):
+        at = i * bits + b
+        code |= (int(stream[at // 8]) >> at % 8 & 1) << b
+    return code
 
 
 def naive_dense(layer: BSRLayer) -> npt.NDArray[np.float64]:
     """Decode one weight at a time, in float64, straight from the formula."""
     n, k = layer.shape
-    g = layer.group_size
+    g, bits = layer.group_size, layer.bits
     dense = np.zeros((n, k))
     for row in range(n):
         for group in range(layer.indptr[row], layer.indptr[row + 1]):
-            zero = 8
+            zero = 2 ** (bits - 1)
             if layer.qzeros is not None:
-                byte = int(layer.qzeros[group // 2])
-                zero = byte >> 4 if group % 2 else byte & 15
+                zero = naive_code(layer.qzeros, bits, group)
             for i in range(g):
-                byte = int(layer.qweight[group, i // 2])
-                code = byte >> 4 if i % 2 else byte & 15
+                code = naive_code(layer.qweight[group], bits, i)
                 column = int(layer.indices[group]) * g + i
                 dense[row, column] = (code - zero) * float(layer.scales[group])
     return dense
@@ -144,10 +161,15 @@ LAYER = "model.layers.0.self_attn.q_proj"
 
 
 def make_checkpoint(
-    path: Path, *, symmetric: bool = False, shard_bytes: int = 1 << 30, **quantization: Any
+    path: Path,
+    *,
+    symmetric: bool = False,
+    shard_bytes: int = 1 << 30,
+    bits: int = 4,
+    **quantization: Any,
 ) -> Path:
     """Write a checkpoint with one layer (odd nnz), its bias and an embedding."""
-    layer = random_layer(LAYER, (5, 64), 16, symmetric=symmetric, seed=3)
+    layer = random_layer(LAYER, (5, 64), 16, symmetric=symmetric, seed=3, bits=bits)
     if layer.nnz % 2 == 0:  # most rules about padding need an odd number of groups
         keep = layer.nnz - 1
         layer = replace(
@@ -156,19 +178,18 @@ def make_checkpoint(
             indices=layer.indices[:keep],
             qweight=layer.qweight[:keep],
             scales=layer.scales[:keep],
-            qzeros=None if layer.qzeros is None else _odd(layer.qzeros),
+            qzeros=None if symmetric else pack_codes(layer.zeros(0, keep), bits),
         )
     config = QuantizationConfig(
-        group_size=16, symmetric=symmetric, ratio=0.5, producer="test 1", **quantization
+        bits=bits,
+        group_size=16,
+        symmetric=symmetric,
+        ratio=0.5,
+        producer="test 1",
+        **quantization,
     )
     with CheckpointWriter(path, CONFIG, config, shard_bytes) as writer:
         writer.add_layer(layer)
         writer.add_tensor(f"{LAYER}.bias", np.arange(5, dtype=np.float32))
         writer.add_tensor("model.embed_tokens.weight", np.ones((7, 64), np.float16))
     return path
-
-
-def _odd(qzeros: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
-    qzeros = qzeros.copy()
-    qzeros[-1] &= 0xF
-    return qzeros

@@ -47,6 +47,19 @@ def test_reads_the_outline_of_the_design() -> None:
     assert config.producer == "gqsa-compiler 0.1.0"
 
 
+@pytest.mark.parametrize("balance", ["matrix", "row", "model"])
+def test_every_balance_is_kept(balance: str) -> None:
+    config = QuantizationConfig.from_dict(spoiled(("sparsity", "balance"), balance))
+    assert config.balance == balance
+    assert config.to_dict()["sparsity"]["balance"] == balance
+
+
+def test_a_layer_may_have_bits_of_its_own() -> None:
+    config = QuantizationConfig.from_dict(spoiled(("per_layer", "a.b", "bits"), 8))
+    assert config.scheme("a.b") == LayerScheme(8, 32, False, 0.25)
+    assert QuantizationConfig.from_dict(config.to_dict()) == config
+
+
 def test_round_trips_through_json() -> None:
     config = QuantizationConfig.from_dict(GOOD)
     assert QuantizationConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
@@ -77,7 +90,8 @@ def test_ignore_and_per_layer_may_be_absent() -> None:
         (("format_version",), True, "format_version True"),
         (("format_version",), ..., "format_version None"),
         (("bits",), ..., "lacks 'bits'"),
-        (("bits",), 3, "bits 3"),
+        (("bits",), 5, "bits 5; it must be one of 2, 3, 4, 8"),
+        (("bits",), True, "bits True"),
         (("bits",), 4.0, "bits 4.0"),
         (("bits",), [4], "bits"),
         (("group_size",), 24, "group_size 24"),
@@ -92,7 +106,7 @@ def test_ignore_and_per_layer_may_be_absent() -> None:
         (("sparsity", "ratio"), float("nan"), "ratio nan"),
         (("sparsity", "ratio"), "0.5", "ratio '0.5'"),
         (("sparsity", "structure"), "2:4", "structure '2:4'"),
-        (("sparsity", "balance"), "column", "balance 'column'"),
+        (("sparsity", "balance"), "column", "balance 'column'.*matrix, row, model"),
         (("sparsity", "balance"), ["row"], "balance"),
         (("sparsity", "more"), 1, "unknown field 'more'"),
         (("ignore",), "lm_head", "ignore is not a list"),
@@ -105,6 +119,7 @@ def test_ignore_and_per_layer_may_be_absent() -> None:
         (("per_layer", "a.b"), 16, "per_layer 'a.b' is not an object"),
         (("per_layer", "a.b", "groups"), 16, "unknown field 'groups'"),
         (("per_layer", "a.b", "group_size"), 7, "per_layer 'a.b'.*group_size 7"),
+        (("per_layer", "a.b", "bits"), 6, "per_layer 'a.b'.*bits 6"),
     ],
 )
 def test_refuses(path: tuple[str, ...], value: Any, says: str) -> None:

@@ -15,11 +15,11 @@ from gqsa_compiler.checkpoint import (
     decode_groups,
     from_codes,
     from_dense,
-    pack_nibbles,
     to_dense,
     to_scipy,
 )
 from gqsa_compiler.errors import CheckpointError
+from gqsa_compiler.limits import BITS
 from tests.checkpoint.helpers import layers, naive_dense, random_layer, same_layer
 
 
@@ -49,19 +49,14 @@ def test_dense_in_small_chunks_is_the_same(monkeypatch: pytest.MonkeyPatch) -> N
     assert np.array_equal(to_dense(layer), whole)
 
 
-def test_decode_groups_takes_a_range() -> None:
-    layer = random_layer("p", (9, 64), 8, seed=2)
-    assert np.array_equal(decode_groups(layer, 3, 10), decode_groups(layer)[3:10])
-
-
-@pytest.mark.parametrize(
-    ("values", "packed"),
-    [([], []), ([3], [0x03]), ([1, 2], [0x21]), ([1, 2, 15], [0x21, 0x0F])],
-)
-def test_pack_nibbles(values: list[int], packed: list[int]) -> None:
-    result = pack_nibbles(np.array(values, np.uint8))
-    assert result.dtype == np.uint8
-    assert result.tolist() == packed
+@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize(("start", "stop"), [(3, 10), (0, 1), (8, 16), (9, 33), (5, 5)])
+def test_decode_groups_takes_a_range(bits: int, start: int, stop: int) -> None:
+    layer = random_layer("p", (9, 64), 8, seed=2, bits=bits)
+    assert layer.nnz > 33
+    assert np.array_equal(decode_groups(layer, start, stop), decode_groups(layer)[start:stop])
+    assert np.array_equal(layer.zeros(start, stop), layer.zeros()[start:stop])
+    assert np.array_equal(layer.codes(start, stop), layer.codes()[start:stop])
 
 
 @settings(max_examples=40, deadline=None)
@@ -72,15 +67,16 @@ def test_from_codes_inverts_unpacking(layer: BSRLayer) -> None:
     keep = np.zeros((n, k // g), bool)
     rows = np.repeat(np.arange(n), np.diff(layer.indptr))
     keep[rows, layer.indices] = True
-    codes = np.full((n, k // g, g), 255, np.uint8)  # dropped ones are not read
+    codes = np.full((n, k // g, g), 1 << layer.bits, np.int64)  # dropped ones are not read
     codes[keep] = layer.codes()
     scales = np.full(keep.shape, np.inf)
     scales[keep] = layer.scales
     zeros = None
     if not layer.symmetric:
-        zeros = np.full(keep.shape, 255, np.uint8)
+        zeros = np.full(keep.shape, -1, np.int64)
         zeros[keep] = layer.zeros()
-    assert same_layer(from_codes(layer.name, (n, k), g, keep, codes, scales, zeros), layer)
+    again = from_codes(layer.name, (n, k), g, keep, codes, scales, zeros, layer.bits)
+    assert same_layer(again, layer)
 
 
 def codes_arguments() -> dict[str, Any]:
@@ -107,6 +103,10 @@ def codes_arguments() -> dict[str, Any]:
         ({"codes": np.full((2, 2, 16), 16, np.uint8)}, "code outside 0 to 15"),
         ({"codes": np.full((2, 2, 16), -1, np.int8)}, "code outside 0 to 15"),
         ({"zeros": np.full((2, 2), 16, np.uint8)}, "zero point outside 0 to 15"),
+        ({"bits": 2, "codes": np.full((2, 2, 16), 4, np.uint8)}, "code outside 0 to 3"),
+        ({"bits": 3, "zeros": np.full((2, 2), 8, np.uint8)}, "zero point outside 0 to 7"),
+        ({"bits": 8, "codes": np.full((2, 2, 16), 256, np.int64)}, "code outside 0 to 255"),
+        ({"bits": 5}, "cannot have codes of 5 bits; they have 2, 3, 4, 8"),
         ({"scales": np.full((2, 2), 1e6)}, "scale 0 is not a finite number"),
         ({"scales": np.full((2, 2), np.nan)}, "scale 0 is not a finite number"),
     ],
@@ -122,20 +122,24 @@ def test_from_codes_refuses(change: dict[str, Any], says: str) -> None:
     seed=st.integers(0, 2**32 - 1),
     size=st.sampled_from([1e-9, 1e-7, 1e-3, 1.0, 1e4]),
     symmetric=st.booleans(),
+    bits=st.sampled_from(BITS),
 )
-def test_from_dense_rounds_to_nearest(seed: int, size: float, symmetric: bool) -> None:
+def test_from_dense_rounds_to_nearest(seed: int, size: float, symmetric: bool, bits: int) -> None:
     rng = np.random.default_rng(seed)
     weight = (rng.standard_normal((5, 64)) * size).astype(np.float32)
     weight[0] = 0
     keep = rng.random((5, 4)) < 0.7
-    layer = from_dense("p", weight, 16, keep, symmetric=symmetric)
+    layer = from_dense("p", weight, 16, keep, symmetric=symmetric, bits=bits)
+    assert layer.bits == bits
     error = np.abs(to_dense(layer) - weight).reshape(5, 4, 16)
     assert layer.nnz == np.count_nonzero(keep)
     assert layer.symmetric == symmetric
     assert not to_dense(layer)[0].any()
     # Half a step, and at the ends of the range what rounding the scale to float16 costs.
     steps = layer.scales.astype(np.float32)
-    assert (error[keep].max(axis=1) <= steps * 0.51 + 15 * np.spacing(layer.scales)).all()
+    assert (
+        error[keep].max(axis=1) <= steps * 0.51 + (2**bits - 1) * np.spacing(layer.scales)
+    ).all()
 
 
 def test_from_dense_keeps_everything_by_default() -> None:
@@ -155,6 +159,11 @@ def test_from_dense_keeps_everything_by_default() -> None:
 def test_from_dense_refuses(weight: Any, group_size: int, says: str) -> None:
     with pytest.raises(CheckpointError, match=says):
         from_dense("p", weight, group_size)
+
+
+def test_from_dense_refuses_other_bits() -> None:
+    with pytest.raises(CheckpointError, match="codes of 6 bits"):
+        from_dense("p", np.zeros((2, 16)), 16, bits=6)
 
 
 def test_from_dense_does_not_look_at_dropped_groups() -> None:

@@ -93,7 +93,7 @@ def add(name: str, dtype: str, array: Any) -> Callable[[Raw], None]:
         (set_value("indptr", np.int32, -1, 2), "indptr runs from 0 to 2"),
         (set_value("scales", np.float16, 3, np.nan), "scale 3 is not a finite number"),
         (set_value("scales", np.float16, 0, -np.inf), "scale 0 is not a finite number"),
-        (set_value("qzeros", np.uint8, -1, 0xF0), "padding nibble"),
+        (set_value("qzeros", np.uint8, -1, 0xF0), "padding bits"),
         (set_value("shape", np.int64, 0, 6), "indptr has shape"),
         (set_value("shape", np.int64, 0, -1), "out of range"),
         (set_value("shape", np.int64, 1, 2**62), "out of range"),
@@ -136,6 +136,33 @@ def test_a_broken_tensor_is_named(path: Path, edit: Callable[[Raw], None], says:
     assert "model.safetensors" in message
 
 
+@pytest.mark.parametrize("bits", [2, 3, 8])
+def test_other_bits_have_shapes_of_their_own(tmp_path: Path, bits: int) -> None:
+    path = make_checkpoint(tmp_path / "c", bits=bits)
+    check(path)
+    file = path / "model.safetensors"
+    good = parse_raw(file)
+    nnz, width = good[f"{LAYER}.qweight"][1]
+    assert width == 16 * bits // 8
+    size = (nnz * bits + 7) // 8
+    assert good[f"{LAYER}.qzeros"][1] == [size]
+    edits = [
+        (add(f"{LAYER}.qweight", "U8", np.zeros((nnz, width + 1), np.uint8)), "group.size"),
+        (add(f"{LAYER}.qweight", "U8", np.zeros((nnz, 8), np.uint8)), "group.size"),
+        (add(f"{LAYER}.qweight", "U8", np.zeros((nnz + 1, width), np.uint8)), "qweight has shape"),
+        (add(f"{LAYER}.qzeros", "U8", np.zeros(size + 1, np.uint8)), "qzeros has shape"),
+        (add(f"{LAYER}.qzeros", "U8", np.zeros((1, size), np.uint8)), "qzeros has shape"),
+        (shorten("qzeros", np.uint8), "qzeros has shape"),
+    ]
+    if bits < 8:
+        edits.append((set_value("qzeros", np.uint8, -1, 0x80), "padding bits"))
+    for edit, says in edits:
+        raw = dict(good)
+        edit(raw)
+        file.write_bytes(raw_bytes(raw))
+        refused(path, says)
+
+
 def test_a_truncated_file_is_named(path: Path) -> None:
     file = path / "model.safetensors"
     content = file.read_bytes()
@@ -156,7 +183,12 @@ def edit_config(path: Path, edit: Callable[[dict[str, Any]], None]) -> None:
     [
         ({"quant_method": "awq"}, "quant_method 'awq'"),
         ({"format_version": 7}, "format_version 7; this program reads 1"),
-        ({"bits": 8}, "bits 8"),
+        ({"bits": 5}, "bits 5"),
+        ({"bits": 3}, "its group size 21 is not a power of two"),
+        ({"bits": 2}, "tensors say group_size 32, quantization_config says 16"),
+        ({"bits": 8}, "tensors say group_size 8, quantization_config says 16"),
+        ({"bits": 8, "group_size": 8}, "qzeros has shape"),
+        ({"per_layer": {LAYER: {"bits": 2, "group_size": 32}}}, "qzeros has shape"),
         ({"group_size": 32}, "tensors say group_size 16, quantization_config says 32"),
         ({"symmetric": True}, "tensors say symmetric False"),
         ({"ignore": [LAYER]}, "ignore names .*, which is compressed"),

@@ -14,9 +14,11 @@ from gqsa_compiler.checkpoint import (
     CheckpointReader,
     CheckpointWriter,
     QuantizationConfig,
+    pack_codes,
     to_dense,
     validate,
 )
+from gqsa_compiler.limits import BITS
 from tests.checkpoint.helpers import array_of, parse_raw
 
 DOC = Path(__file__).parents[2] / "docs" / "format.md"
@@ -57,6 +59,41 @@ def test_the_reader_reads_it(documented: Path, matrix: np.ndarray) -> None:
         assert np.array_equal(to_dense(reader.layer("fc")), matrix)
 
 
+def number(stream: np.ndarray, i: int, bits: int) -> int:
+    """Read number i of a stream of bits as the document's pseudocode does."""
+    b = i * bits
+    word = int(stream[b // 8])
+    if b % 8 + bits > 8:
+        word += 256 * int(stream[b // 8 + 1])
+    return (word >> b % 8) & (2**bits - 1)
+
+
+@pytest.mark.parametrize("bits", BITS)
+def test_the_pseudocode_reads_streams_of_all_bits(bits: int) -> None:
+    values = np.random.default_rng(bits).integers(0, 1 << bits, 19, dtype=np.uint8)
+    stream = pack_codes(values, bits)
+    assert [number(stream, i, bits) for i in range(19)] == values.tolist()
+
+
+def test_the_three_bit_example_is_true() -> None:
+    text = " ".join(DOC.read_text(encoding="utf-8").split())
+    found = re.search(
+        r"The codes ([\d, ]+) are `([\da-f ]+)`, and the zero points ([\d, ]+) are `([\da-f ]+)`",
+        text,
+    )
+    assert found
+    for values, packed in (found.group(1, 2), found.group(3, 4)):
+        given = np.array(values.split(", "), np.uint8)
+        assert pack_codes(given, 3).tobytes() == bytes.fromhex(packed)
+    rows = [line.split()[1:] for line in block("**Three bits.**", "text").splitlines()]
+    assert rows[0] == found.group(2).split()[::-1]
+    assert rows[1] == [f"{int(byte, 16):08b}" for byte in rows[0]]
+    assert [int(code, 2) for code in reversed(rows[2])] == [
+        int(v) for v in found.group(1).split(", ")
+    ]
+    assert "".join(rows[2]) == "".join(rows[1])
+
+
 def test_the_pseudocode_decodes_it(documented: Path, matrix: np.ndarray) -> None:
     raw = parse_raw(documented / "model.safetensors")
     n, k = array_of(raw, "fc.shape", np.int64)
@@ -68,9 +105,9 @@ def test_the_pseudocode_decodes_it(documented: Path, matrix: np.ndarray) -> None
     decoded = np.zeros((n, k), np.float32)
     for r in range(n):
         for j in range(indptr[r], indptr[r + 1]):
-            zero = (int(qzeros[j // 2]) >> 4 * (j % 2)) & 15
+            zero = number(qzeros, j, 4)
             for i in range(8):
-                code = (int(qweight[j, i // 2]) >> 4 * (i % 2)) & 15
+                code = number(qweight[j], i, 4)
                 decoded[r, int(indices[j]) * 8 + i] = (code - zero) * float(scales[j])
     assert np.array_equal(decoded, matrix)
 

@@ -29,6 +29,7 @@ from gqsa_compiler.checkpoint import (
 )
 from gqsa_compiler.checkpoint.names import natural_key
 from gqsa_compiler.errors import CheckpointError, GqsaError, UsageError
+from gqsa_compiler.limits import BITS
 from tests.checkpoint.helpers import (
     CONFIG,
     LAYER,
@@ -51,7 +52,10 @@ def test_layers_survive_bit_for_bit(
     tmp_path: Path, layer: BSRLayer, shard_bytes: int, bias: bool
 ) -> None:
     config = QuantizationConfig(
-        group_size=layer.group_size, symmetric=layer.symmetric, producer="test 1"
+        bits=layer.bits,
+        group_size=layer.group_size,
+        symmetric=layer.symmetric,
+        producer="test 1",
     )
     extra = np.linspace(-1, 1, layer.shape[0]).astype(ml_dtypes.bfloat16)
     path = tmp_path / "c"
@@ -91,14 +95,39 @@ def test_reader_tells_what_is_there(tmp_path: Path) -> None:
         reader.tensor(f"{LAYER}.qweight")
 
 
+def test_layers_of_different_bits_and_group_sizes_share_a_checkpoint(tmp_path: Path) -> None:
+    made = [
+        random_layer(f"l.{bits}.{g}", (6, 256), g, bits=bits, symmetric=symmetric, seed=bits + g)
+        for bits, g, symmetric in [(2, 32, False), (3, 16, True), (4, 8, False), (8, 64, False)]
+    ]
+    made.append(random_layer("l.last", (6, 256), 16, bits=3, seed=1))
+    config = QuantizationConfig(
+        bits=3,
+        group_size=16,
+        balance="model",
+        per_layer={m.name: LayerScheme(m.bits, m.group_size, m.symmetric, 0.5) for m in made[:-1]},
+    )
+    with CheckpointWriter(tmp_path / "c", CONFIG, config) as writer:
+        for layer in made:
+            writer.add_layer(layer)
+    with CheckpointReader(tmp_path / "c") as reader:
+        validate(reader)
+        for layer in made:
+            assert same_layer(reader.layer(layer.name), layer)
+            assert np.array_equal(to_dense(reader.layer(layer.name)), naive_dense(layer))
+
+
 def test_names_come_in_natural_order() -> None:
     names = ["b.10.x", "b.2.x", "a", "b.2", "b." + "9" * 5000]
     assert sorted(names, key=natural_key) == ["a", "b.2", "b.2.x", "b.10.x", "b." + "9" * 5000]
 
 
+@pytest.mark.parametrize("bits", BITS)
 @pytest.mark.parametrize("symmetric", [False, True])
-def test_a_reader_without_our_code_gets_the_same_weights(tmp_path: Path, symmetric: bool) -> None:
-    path = make_checkpoint(tmp_path / "c", symmetric=symmetric)
+def test_a_reader_without_our_code_gets_the_same_weights(
+    tmp_path: Path, symmetric: bool, bits: int
+) -> None:
+    path = make_checkpoint(tmp_path / "c", symmetric=symmetric, bits=bits)
     with safe_open(path / "model.safetensors", "numpy") as file:
         parts = {k.removeprefix(f"{LAYER}."): file.get_tensor(k) for k in file.keys()}  # noqa: SIM118
         assert file.metadata() == {"format": "pt"}
@@ -112,6 +141,7 @@ def test_a_reader_without_our_code_gets_the_same_weights(tmp_path: Path, symmetr
         qweight=parts["qweight"],
         scales=parts["scales"],
         qzeros=parts.get("qzeros"),
+        bits=bits,
     )
     assert ("qzeros" in parts) is not symmetric
     with CheckpointReader(path) as reader:

@@ -6,6 +6,7 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import pytest
 from hypothesis import given, settings
 
@@ -13,7 +14,7 @@ from gqsa_compiler.checkpoint import BSRLayer, LayerScheme, QuantizationConfig, 
 from gqsa_compiler.errors import CheckpointError
 from tests.checkpoint.helpers import layers
 
-# Rows: groups 0, 2 | none | 1 | 0, 1, 2, 3: seven groups, so qzeros has a padding nibble.
+# Rows: groups 0, 2 | none | 1 | 0, 1, 2, 3: seven groups, so qzeros has four padding bits.
 GOOD = BSRLayer(
     name="p",
     shape=(4, 32),
@@ -41,8 +42,28 @@ def test_the_good_layer_is_good() -> None:
 @settings(max_examples=60, deadline=None)
 @given(layer=layers())
 def test_whatever_the_constructors_make_is_valid(layer: BSRLayer) -> None:
-    config = QuantizationConfig(group_size=layer.group_size, symmetric=layer.symmetric)
+    config = QuantizationConfig(
+        bits=layer.bits, group_size=layer.group_size, symmetric=layer.symmetric
+    )
     validate_layer(layer, config)
+
+
+def of_bits(bits: int, zeros: npt.NDArray[np.uint8]) -> BSRLayer:
+    qweight = np.zeros((7, bits), np.uint8)
+    return replace(GOOD, bits=bits, qweight=qweight, qzeros=zeros)
+
+
+@pytest.mark.parametrize(("bits", "size", "used"), [(2, 2, 6), (3, 3, 5), (8, 7, 8)])
+def test_the_shapes_follow_from_the_bits(bits: int, size: int, used: int) -> None:
+    zeros = np.full(size, 0xFF, np.uint8)
+    zeros[-1] = (1 << used) - 1
+    validate_layer(of_bits(bits, zeros))
+    for other in (size - 1, size + 1):
+        with pytest.raises(CheckpointError, match=rf"qzeros has shape \[{other}\], not"):
+            validate_layer(of_bits(bits, np.zeros(other, np.uint8)))
+    if used < 8:
+        with pytest.raises(CheckpointError, match="padding bits at the end of qzeros are not 0"):
+            validate_layer(of_bits(bits, changed(zeros, -1, 1 << used)))
 
 
 def test_a_layer_may_be_empty() -> None:
@@ -61,7 +82,9 @@ def test_a_layer_may_be_empty() -> None:
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        ({"bits": 3}, "3 bits a code"),
+        ({"bits": 5}, "5 bits a code, not 2, 3, 4, 8"),
+        ({"bits": 3}, r"qweight has shape \[7, 4\], not \[7, 3\]"),
+        ({"bits": 8}, r"qweight has shape \[7, 4\], not \[7, 8\]"),
         ({"group_size": 12}, "group size 12 is not a power of two"),
         ({"group_size": 4}, "group size 4 is not a power of two"),
         ({"shape": (0, 32)}, r"shape \[0, 32\] is out of range"),
@@ -84,7 +107,7 @@ def test_a_layer_may_be_empty() -> None:
         ({"scales": changed(GOOD.scales, 0, np.nan)}, "scale 0 is not a finite number"),
         ({"qzeros": np.zeros(7, np.uint8)}, r"qzeros has shape \[7\], not \[4\]"),
         ({"qzeros": np.zeros(4, np.int8)}, "qzeros has dtype int8"),
-        ({"qzeros": np.array([0, 0, 0, 0x10], np.uint8)}, "padding nibble"),
+        ({"qzeros": np.array([0, 0, 0, 0x10], np.uint8)}, "padding bits"),
         ({"indptr": changed(GOOD.indptr, 0, 1)}, "indptr runs from 1 to 7, not from 0 to 7"),
         ({"indptr": changed(GOOD.indptr, 4, 6)}, "indptr runs from 0 to 6, not from 0 to 7"),
         ({"indptr": changed(GOOD.indptr, 4, 8)}, "indptr runs from 0 to 8"),
@@ -110,6 +133,7 @@ def test_a_broken_rule_is_named(change: dict[str, Any], says: str) -> None:
     ("config", "says"),
     [
         ({"group_size": 16}, "tensors say group_size 8, quantization_config says 16"),
+        ({"group_size": 8, "bits": 8}, "tensors say bits 4, quantization_config says 8"),
         ({"group_size": 8, "symmetric": True}, "say symmetric False, .* says True"),
         ({"group_size": 8, "ignore": ("p",)}, "lists it in ignore"),
         (

@@ -26,6 +26,7 @@ from tests.cli.conftest import Gqsa
         (Stopped(signal.SIGTERM), 143, "SIGTERM"),
         (OSError(errno.ENOSPC, "No space left on device", "a/b"), 1, "while writing a/b"),
         (RuntimeError("I/O error: No space left on device (os error 28)"), 1, "No space left"),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory: x"), 1, "Not enough memory ("),
         (MemoryError(), 1, "Not enough memory; use a smaller --context"),
         (PermissionError(errno.EACCES, "Permission denied", "c"), 1, "Permission denied: c."),
         (ValueError("long\nstory, last line"), 1, "Unexpected ValueError: story, last line"),
@@ -100,7 +101,7 @@ def test_a_closed_pipe_is_no_error() -> None:
         (("run",), "Missing argument 'DIR'"),
         (("run", "x", "--frob"), "No such option: --frob"),
         (("eval", "x"), "Missing option '--text'"),
-        (("compress", "x", "-o", "y", "--samples", "0"), "Invalid value for '--samples'"),
+        (("compress", "x", "-o", "y", "--samples", "0"), "'0' samples: give a whole number"),
         (("compile", "x", "--activations", "int4"), "Invalid value for '--activations'"),
     ],
 )

@@ -14,6 +14,7 @@ from gqsa_compiler.targets import host_flags, parse_target
 from tests.cli.conftest import Gqsa
 from tests.tiny_models import make_tiny
 
+FEW = ("--samples", "2", "--sequence-length", "16")
 TEXT = "The quick brown fox jumps over the lazy dog, and the words were many. " * 8
 
 
@@ -27,17 +28,17 @@ def checkpoint(dense: Path) -> Path:
     from gqsa_compiler.compress import compress_model
 
     output = dense.parent / "checkpoint"
-    compress_model(str(dense), output, "w4s30g16", samples=2, sequence_length=16)
+    compress_model(str(dense), output, "w4s30g16", stages="none", samples=2, sequence_length=16)
     return output
 
 
 def test_compress_says_what_it_did(gqsa: Gqsa, dense: Path, tmp_path: Path) -> None:
-    words = ("compress", dense, "--recipe", "w4s50g16", "--samples", "2", "--sequence-length", "16")
+    words = ("compress", dense, "--recipe", "w4s50g16", "--stages", "none", *FEW)
     done = gqsa(*words, "-o", tmp_path / "a", "--json", "--seed", "3", "--balance", "row")
     assert done.code == 0
     assert done.json["recipe"] == "w4s50g16"
     assert len(done.json["layers"]) == 7
-    for setting in ("recipe", "w4s50g16", "sampled from the model", "row"):
+    for setting in ("recipe", "w4s50g16", "text that the model writes", "row"):
         assert setting in done.err
     found = gqsa("inspect", tmp_path / "a", "--json").json
     assert [layer["name"] for layer in found["layers"]] == sorted(
@@ -56,7 +57,7 @@ def test_compress_says_what_it_did(gqsa: Gqsa, dense: Path, tmp_path: Path) -> N
 def test_compress_prints_a_line_and_overwrites(gqsa: Gqsa, dense: Path, tmp_path: Path) -> None:
     calibration = tmp_path / "text.txt"
     calibration.write_text(TEXT)
-    words = ("compress", dense, "-o", tmp_path / "a", "--samples", "2", "--sequence-length", "16")
+    words = ("compress", dense, "-o", tmp_path / "a", "--stages", "none", *FEW)
     for extra in ((), ("--overwrite",)):
         done = gqsa(*words, "--calibration", calibration, *extra)
         assert done.code == 0

@@ -33,6 +33,37 @@ def test_a_log_gets_few_lines_with_the_time_left(monkeypatch: pytest.MonkeyPatch
     assert len(lines) == 9
 
 
+def test_a_log_tells_losses_and_counts_only_steps_made_since_it_resumed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    clock = _Clock(monkeypatch)
+    lines: list[str] = []
+    progress = console.PlainProgress(lines.append)
+    progress("Training scales", 300, 400)
+    clock.now += 20
+    progress.status("loss 0.412, KL 0.350")
+    progress("Training scales", 310, 400)
+    progress("Writing", 0, 9)
+    clock.now += 20
+    progress("Writing", 1, 9)
+    assert lines == [
+        "Training scales ...",
+        "Training scales: 310/400, loss 0.412, KL 0.350, 3 min 00 s left",
+        "Writing ...",
+        "Writing: 1/9, 2 min 40 s left",
+    ]
+
+
+def test_a_bar_tells_losses() -> None:
+    bars = Progress(console=Console(file=None, quiet=True))
+    progress = console.BarProgress(bars)
+    progress.status("too early")
+    progress("a", 0, 4)
+    progress("b", 1, 4)
+    progress.status("loss [0.4]")
+    assert [task.fields["status"] for task in bars.tasks] == ["", "loss [0.4]"]
+
+
 def test_bars_of_finished_stages_are_full() -> None:
     bars = Progress(console=Console(file=None, quiet=True))
     progress = console.BarProgress(bars)
@@ -49,22 +80,6 @@ def test_progress_goes_to_standard_error(capsys: pytest.CaptureFixture[str]) -> 
     out, err = capsys.readouterr()
     assert out == ""
     assert err == "Loading ...\n"
-
-
-@pytest.mark.parametrize(
-    ("count", "text"),
-    [(0, "0 B"), (999, "999 B"), (1000, "1.0 kB"), (98_362_432, "98.4 MB"), (5e9, "5.00 GB")],
-)
-def test_bytes_text(count: float, text: str) -> None:
-    assert console.bytes_text(count) == text
-
-
-@pytest.mark.parametrize(
-    ("seconds", "text"),
-    [(0.4, "0.4 s"), (9.96, "10 s"), (59.6, "1 min 00 s"), (125.2, "2 min 05 s")],
-)
-def test_seconds_text(seconds: float, text: str) -> None:
-    assert console.seconds_text(seconds) == text
 
 
 def test_settings_leave_out_what_is_not_set(capsys: pytest.CaptureFixture[str]) -> None:

@@ -21,22 +21,25 @@ def peak():
     return int(re.search(r"VmHWM:\s*(\d+) kB", status).group(1)) * 1024
 torch.set_num_threads(1)
 tiny, model, out = sys.argv[1:]
-compress_model(tiny, out + "-tiny", "w4s30g16", samples=2, sequence_length=16)
+compress_model(tiny, out + "-tiny", "w4s30g16", stages="none", samples=2, sequence_length=16)
 before = peak()
-sample, at_sampling = pipeline._calibration_tokens, []
+sample, at_sampling = pipeline.calibration_tokens, []
 def watched(*args):
     tokens = sample(*args)
     at_sampling.append(peak())
     return tokens
-pipeline._calibration_tokens = watched
-compress_model(model, out, "w4s30g16", samples=4, sequence_length=32)
+pipeline.calibration_tokens = watched
+compress_model(model, out, "w4s30g16", stages="none", samples=4, sequence_length=32)
 print(at_sampling[0] - before, peak() - before)
 """
 
 
 @pytest.mark.slow
 @pytest.mark.xfail(
-    reason="the promise is not kept yet: sampling peaked at 2.9 times the stored model", strict=True
+    reason="the promise is not kept yet: sampling peaked at 2.4 times the stored model, a whole "
+    "one-shot run at 7 times",
+    raises=AssertionError,  # running out of time is no such failure
+    strict=True,
 )
 def test_peak_is_the_stored_model_or_one_block(tmp_path: Path) -> None:
     tiny = make_tiny("llama", tmp_path / "tiny")
@@ -55,7 +58,7 @@ def test_peak_is_the_stored_model_or_one_block(tmp_path: Path) -> None:
         [sys.executable, "-c", RUN, str(tiny), str(model), str(tmp_path / "out")],
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=600,
         check=False,
     )
     assert done.returncode == 0, done.stderr

@@ -39,7 +39,7 @@ PROMPTS = (
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return SmolLM2-135M compressed as the demo does, on a quarter of the calibration text."""
     folder = tmp_path_factory.mktemp("smollm2")
-    gqsa_compress("smollm2-135m", folder / "checkpoint", "w4s10g16", samples=32)
+    gqsa_compress("smollm2-135m", folder / "checkpoint", "w4s10g16", stages="none", samples=32)
     return folder / "checkpoint"
 
 

@@ -9,10 +9,12 @@ from gqsa_compiler.passes.linear_op import LinearCall
 from gqsa_compiler.passes.records import ParamRecord
 
 
-def bsr(name: str, n: int, k: int, group_size: int = 16, nnz: int | None = None) -> ParamRecord:
+def bsr(
+    name: str, n: int, k: int, group_size: int = 16, nnz: int | None = None, bits: int = 4
+) -> ParamRecord:
     """Record of a compressed layer's weight; half of its groups kept unless told."""
     kept = n * (k // group_size) // 2 if nnz is None else nnz
-    return ParamRecord(name, "bsr_int4", "int4", (n, k), group_size=group_size, nnz=kept)
+    return ParamRecord(name, "bsr", f"int{bits}", (n, k), group_size=group_size, nnz=kept)
 
 
 def dense(name: str, *shape: int, dtype: str = "float32") -> ParamRecord:

@@ -154,6 +154,25 @@ def test_layers_of_different_group_size_do_not_fold() -> None:
     assert "relax.concat" in ops(mod)
 
 
+def test_layers_of_different_bits_do_not_fold() -> None:
+    records = [r if r.name != "v" else bsr("v", 32, 64, bits=8) for r in qkv_records()]
+    mod = apply(Qkv, BindRecords(records), *graph_phase())
+    assert [weight_names(c) for c in linears(mod)] == [["q"], ["k"], ["v"]]
+    assert [c.spec.bits for c in linears(mod)] == [4, 4, 8]
+    assert "relax.concat" in ops(mod)
+
+
+@pytest.mark.parametrize("other", [{"bits": 2}, {"group_size": 32}])
+def test_gate_and_up_that_differ_stay_two_kernels(other: dict[str, int]) -> None:
+    records = [r if r.name != "up" else bsr("up", 128, 64, **other) for r in MLP_RECORDS]
+    mod = apply(Mlp, BindRecords(records), *graph_phase())
+    assert sorted(weight_names(c) for c in linears(mod)) == [["down"], ["gate"], ["up"]]
+    gate = next(c for c in linears(mod) if weight_names(c) == ["gate"])
+    assert gate.spec.epilogue.activation == "silu"
+    assert not gate.spec.epilogue.gated
+    assert "relax.multiply" in ops(mod)
+
+
 def test_a_result_that_is_read_twice_is_not_fused_away() -> None:
     @tvm.script.ir_module
     class Twice:

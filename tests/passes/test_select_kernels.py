@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -106,7 +108,12 @@ class Weights:
             else:
                 n, k = record.shape
                 self.layers[record.name] = random_layer(
-                    record.name, (n, k), 16, density=density, seed=seed
+                    record.name,
+                    (n, k),
+                    record.group_size,
+                    density=density,
+                    seed=seed,
+                    bits=int(record.dtype.removeprefix("int")),
                 )
 
     def load(self, name: str) -> np.ndarray:
@@ -119,15 +126,26 @@ class Weights:
         return to_dense(self.layers[name]) if name in self.layers else self.arrays[name]
 
 
-@pytest.mark.parametrize("density", [0.5, 1.0])
+MIXED_RECORDS = [
+    dense("norm", 64),
+    bsr("gate", 128, 64, 16, bits=3),
+    bsr("up", 128, 64, 32, bits=2),
+    bsr("down", 64, 128, 64, bits=8),
+]
+
+
+@pytest.mark.parametrize(
+    ("given", "density"),
+    [(MLP_RECORDS, 0.5), (MLP_RECORDS, 1.0), (MIXED_RECORDS, 0.5)],
+    ids=["half", "full", "mixed"],
+)
 @pytest.mark.parametrize("tokens", [1, 9])
 def test_the_whole_pipeline_computes_what_the_dense_module_does(
-    tokens: int, density: float
+    tokens: int, given: list[ParamRecord], density: float
 ) -> None:
-    weights = Weights(MLP_RECORDS, density)
+    weights = Weights(given, density)
     records = [
-        r if r.storage == "dense" else bsr(r.name, *r.shape, nnz=weights.layers[r.name].nnz)
-        for r in MLP_RECORDS
+        r if r.storage == "dense" else replace(r, nnz=weights.layers[r.name].nnz) for r in given
     ]
     target = parse_target("cpu")
     mod, plan = run(Mlp, records, PipelineOptions(target, None, {"n": 16}))

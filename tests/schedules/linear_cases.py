@@ -12,7 +12,7 @@ import numpy.typing as npt
 import pytest
 
 from gqsa_compiler._tvm import Target, tvm
-from gqsa_compiler.checkpoint import BSRLayer
+from gqsa_compiler.checkpoint import BSRLayer, pack_codes
 from gqsa_compiler.schedules import reference
 from gqsa_compiler.schedules.generic.config import GenericConfig
 from gqsa_compiler.schedules.rule import KernelConfig, ScheduleRule
@@ -30,6 +30,7 @@ def random_layer(
     rng: np.random.Generator,
     *,
     symmetric: bool = False,
+    bits: int = 4,
     scales: tuple[float, float] = (1e-3, 1e-2),
     name: str = "layer",
 ) -> BSRLayer:
@@ -45,9 +46,10 @@ def random_layer(
         group_size,
         np.concatenate([[0], np.cumsum(keep.sum(1))]).astype(np.int32),
         np.nonzero(keep)[1].astype(np.uint16),
-        rng.integers(0, 256, (nnz, group_size // 2), dtype=np.uint8),
+        pack_codes(rng.integers(0, 1 << bits, (nnz, group_size), dtype=np.uint8), bits),
         np.exp(rng.uniform(low, high, nnz)).astype(np.float16),
-        None if symmetric else rng.integers(0, 256, (nnz + 1) // 2, dtype=np.uint8),
+        None if symmetric else pack_codes(rng.integers(0, 1 << bits, nnz, dtype=np.uint8), bits),
+        bits,
     )
 
 
@@ -66,7 +68,7 @@ def spec_of(layer: BSRLayer, **fields: Any) -> LinearSpec:
     """Describe `layer` as a kernel's spec."""
     n, k = layer.shape
     return LinearSpec(
-        n, k, "bsr_int4", "int4", layer.group_size, layer.nnz, layer.symmetric, **fields
+        n, k, "bsr", f"int{layer.bits}", layer.group_size, layer.nnz, layer.symmetric, **fields
     )
 
 
@@ -168,7 +170,7 @@ def expected(
         factor = 1.0 / np.sqrt((inputs**2).mean(-1, keepdims=True) + (spec.norm_eps or 0.0))
         inputs = inputs * factor * norm["norm"]
     error = 2e-6 * (inputs @ magnitude.T) + 1e-30
-    if spec.weight == "bsr_int4" and spec.activation_dtype == "int8" and norm:
+    if spec.weight == "bsr" and spec.activation_dtype == "int8" and norm:
         # The norm's rounding may move an activation over the border between two codes.
         error = error + 2.0 * magnitude.max(initial=0) * inputs.max(-1, keepdims=True) / 127
     y = reference.linear(linear, weight, x, **norm)
@@ -218,5 +220,5 @@ def _magnitude(layer: BSRLayer) -> Array:
     n, k = layer.shape
     dense = np.zeros((n, k // layer.group_size))
     rows = np.repeat(np.arange(n), np.diff(layer.indptr))
-    dense[rows, layer.indices] = 15.0 * np.abs(layer.scales.astype(np.float64))
+    dense[rows, layer.indices] = (2**layer.bits - 1) * np.abs(layer.scales.astype(np.float64))
     return np.repeat(dense, layer.group_size, axis=1)

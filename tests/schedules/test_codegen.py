@@ -18,7 +18,7 @@ from gqsa_compiler.targets import TargetSpec, parse_target
 from tests.schedules.linear_cases import HOST, compile_kernel, random_layer, spec_of
 
 FULL = Epilogue(bias=True, activation="silu", gated=True, residual=True)
-SPARSE = LinearSpec(64, 512, "bsr_int4", "int4", 16, 700, norm_eps=1e-5, epilogue=FULL)
+SPARSE = LinearSpec(64, 512, "bsr", "int4", 16, 700, norm_eps=1e-5, epilogue=FULL)
 DENSE = LinearSpec(64, 500, "dense", "float16", norm_eps=1e-5, epilogue=FULL)
 BASELINE = replace(
     parse_target("x86-64-v3"), name="old", cpu="x86-64-v2", features=()
@@ -38,6 +38,7 @@ def library_calls(text: str) -> set[str]:
 
 
 @pytest.mark.parametrize("dtype", ["float32", "int8"])
+@pytest.mark.parametrize("weight_dtype", ["int2", "int4", "int8"])
 @pytest.mark.parametrize(
     ("target", "instruction"),
     [
@@ -49,9 +50,10 @@ def library_calls(text: str) -> set[str]:
     ids=["v4", "v3", "aarch64", "v2"],
 )
 def test_sparse_kernels_are_simd_code_without_library_calls(
-    target: TargetSpec, instruction: str, dtype: ActivationDtype
+    target: TargetSpec, instruction: str, weight_dtype: str, dtype: ActivationDtype
 ) -> None:
-    text = assembly(replace(SPARSE, activation_dtype=dtype), target)
+    spec = replace(SPARSE, weight_dtype=weight_dtype, activation_dtype=dtype)
+    text = assembly(spec, target)
     assert re.search(instruction, text) or dtype == "int8"
     assert library_calls(text) == set()
 

@@ -10,13 +10,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from gqsa_compiler.checkpoint import unpack_codes
 from gqsa_compiler.errors import CompileError
+from gqsa_compiler.limits import BITS
 from gqsa_compiler.schedules.generic.config import GenericConfig
 from gqsa_compiler.schedules.generic.layout import (
     BLOCK,
     BsrLayout,
+    code_order,
     int8_order,
-    nibble_order,
     pack_bsr,
     row_order,
     split_units,
@@ -44,29 +46,51 @@ def test_tasks_are_balanced(costs: list[int], tasks: int) -> None:
     assert max(shares) <= array.sum() / tasks + largest + 1
 
 
-def test_a_group_of_16_takes_96_bits() -> None:
+@pytest.mark.parametrize(("bits", "expected"), [(2, 64), (3, 96), (4, 96), (8, 160)])
+def test_bits_of_a_group_of_16(bits: int, expected: int) -> None:
+    """Codes of 3 bits are widened to 4."""
     rng = np.random.default_rng(0)
-    layer = random_layer(random_keep((64, 32), rng, 0.5), 16, rng)
+    layer = random_layer(random_keep((64, 32), rng, 0.5), 16, rng, bits=bits)
     packed = pack_bsr(spec_of(layer), CONFIG, [layer])
-    spare = BLOCK * (8 + 2 + 2)
-    group_bytes = sum(packed[name].nbytes for name in ("codes", "scales", "meta")) - spare
-    assert group_bytes * 8 == 96 * layer.nnz
+    group_bytes = sum(packed[name].nbytes for name in ("codes", "scales", "meta"))
+    assert group_bytes * 8 == expected * (layer.nnz + BLOCK)
+
+
+@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("dtype", ["float32", "int8"])
+def test_a_packed_group_holds_the_codes_in_the_kernels_order(bits: int, dtype: str) -> None:
+    rng = np.random.default_rng(bits)
+    layer = random_layer(random_keep((5, 4), rng, 0.7), 32, rng, bits=bits)
+    spec = spec_of(layer, activation_dtype=dtype)
+    layout = BsrLayout.of(spec, CONFIG)
+    packed = pack_bsr(spec, CONFIG, [layer])["codes"].reshape(layer.nnz + BLOCK, -1)
+    codes = unpack_codes(packed[: layer.nnz], layout.code_bits, 32)
+    assert np.array_equal(codes, layer.codes()[:, code_order(spec, layout)])
+    assert not packed[layer.nnz :].any()
 
 
 @pytest.mark.parametrize(
-    ("groups", "symmetric", "full", "expected"),
+    ("dtype", "groups", "symmetric", "full", "expected"),
     [
-        (4096, False, False, "uint16"),
-        (4097, False, False, "uint32"),
-        (65536, True, False, "uint16"),
-        (100, False, True, "uint8"),
-        (100, True, True, None),
+        ("int4", 4096, False, False, "uint16"),
+        ("int4", 4097, False, False, "uint32"),
+        ("int3", 4097, False, False, "uint32"),
+        ("int2", 16384, False, False, "uint16"),
+        ("int2", 16385, False, False, "uint32"),
+        ("int8", 256, False, False, "uint16"),
+        ("int8", 257, False, False, "uint32"),
+        ("int8", 65536, False, False, "uint32"),
+        ("int4", 65536, True, False, "uint16"),
+        ("int8", 65536, True, False, "uint16"),
+        ("int4", 100, False, True, "uint8"),
+        ("int8", 100, False, True, "uint8"),
+        ("int4", 100, True, True, None),
     ],
 )
 def test_index_and_zero_share_the_smallest_integer(
-    groups: int, symmetric: bool, full: bool, expected: str | None
+    dtype: str, groups: int, symmetric: bool, full: bool, expected: str | None
 ) -> None:
-    spec = LinearSpec(2, 8 * groups, "bsr_int4", "int4", 8, 2 * groups if full else 1, symmetric)
+    spec = LinearSpec(2, 8 * groups, "bsr", dtype, 8, 2 * groups if full else 1, symmetric)
     layout = BsrLayout.of(spec, CONFIG)
     assert layout.meta == expected
     names = [p.name for p in layout.params(spec, CONFIG)]
@@ -77,10 +101,11 @@ def test_index_and_zero_share_the_smallest_integer(
 @pytest.mark.parametrize("size", [8, 16, 32, 64, 128, 256])
 @pytest.mark.parametrize("lanes", [4, 8, 16])
 @pytest.mark.parametrize("dtype", ["float32", "int8"])
-def test_nibbles_are_a_permutation(size: int, lanes: int, dtype: str) -> None:
+@pytest.mark.parametrize("weight", ["int2", "int4", "int8"])
+def test_codes_are_a_permutation(size: int, lanes: int, dtype: str, weight: str) -> None:
     config = replace(CONFIG, lanes=lanes)
-    spec = LinearSpec(1, size, "bsr_int4", "int4", size, 1, activation_dtype=dtype)  # type: ignore[arg-type]
-    order = nibble_order(spec, BsrLayout.of(spec, config))
+    spec = LinearSpec(1, size, "bsr", weight, size, 1, activation_dtype=dtype)  # type: ignore[arg-type]
+    order = code_order(spec, BsrLayout.of(spec, config))
     assert sorted(order) == list(range(size))
 
 
@@ -96,9 +121,7 @@ def test_int8_bytes_belong_to_one_block_and_blocks_take_turns(size: int, lanes: 
 
 
 def test_gated_rows_are_stored_in_pairs() -> None:
-    spec = LinearSpec(
-        6, 16, "bsr_int4", "int4", 16, 6, epilogue=Epilogue(activation="silu", gated=True)
-    )
+    spec = LinearSpec(6, 16, "bsr", "int4", 16, 6, epilogue=Epilogue(activation="silu", gated=True))
     assert row_order(spec).tolist() == [0, 3, 1, 4, 2, 5]
 
 
@@ -110,5 +133,7 @@ def test_parts_that_do_not_fit_the_spec_are_refused() -> None:
         pack_bsr(replace(spec, nnz=spec.nnz + 1), CONFIG, [layer])
     with pytest.raises(CompileError, match=r"model\.q_proj.*columns"):
         pack_bsr(replace(spec, k=128), CONFIG, [layer])
+    with pytest.raises(CompileError, match=r"model\.q_proj: it has codes of 4 bits.*built for 3"):
+        pack_bsr(replace(spec, weight_dtype="int3"), CONFIG, [layer])
     with pytest.raises(CompileError, match="without zeros"):
         pack_bsr(replace(spec, symmetric=True), CONFIG, [layer])

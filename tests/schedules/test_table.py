@@ -7,11 +7,12 @@ from dataclasses import replace
 import pytest
 
 from gqsa_compiler.errors import CompileError
+from gqsa_compiler.limits import BITS
 from gqsa_compiler.schedules.spec import Epilogue, LinearSpec
 from gqsa_compiler.schedules.table import rules_for, select
 from gqsa_compiler.targets import TARGET_NAMES, parse_target
 
-SPARSE = LinearSpec(64, 128, "bsr_int4", "int4", 16, 100)
+SPARSE = LinearSpec(64, 128, "bsr", "int4", 16, 100)
 DENSE = LinearSpec(64, 128, "dense", "float16")
 
 
@@ -19,6 +20,9 @@ DENSE = LinearSpec(64, 128, "dense", "float16")
 def test_the_generic_rules_always_apply(target: str) -> None:
     spec = parse_target(target)
     assert select(SPARSE, spec)[0].name == "generic.bsr_int4"
+    for bits, rule in ((2, "int2"), (3, "int4"), (8, "int8")):
+        other = replace(SPARSE, weight_dtype=f"int{bits}")
+        assert select(other, spec)[0].name == f"generic.bsr_{rule}"
     assert select(DENSE, spec)[0].name == "generic.dense"
     names = [rule.name for rule in rules_for(spec)]
     assert len(set(names)) == len(names)
@@ -44,6 +48,8 @@ def test_a_target_without_kernels_is_refused() -> None:
         ({"group_size": 512}, "512 is not one of"),
         ({"k": 130}, "does not divide 130"),
         ({"nnz": 64 * 8 + 1}, "do not fit"),
+        ({"weight_dtype": "int5"}, "no sparse layers of int5 codes"),
+        ({"weight_dtype": "float16"}, "no sparse layers of float16 codes"),
         ({"n": 0}, "nothing to compute"),
         ({"n": 63, "epilogue": Epilogue(activation="silu", gated=True)}, "even number"),
         ({"epilogue": Epilogue(gated=True)}, "an activation"),
@@ -68,3 +74,17 @@ def test_layers_that_differ_in_their_groups_only_share_code() -> None:
     rule, _ = select(SPARSE, parse_target("cpu"))
     assert rule.code_key(SPARSE) == rule.code_key(replace(SPARSE, nnz=7))
     assert rule.code_key(SPARSE) != rule.code_key(replace(SPARSE, nnz=64 * 8))
+
+
+def test_codes_that_are_widened_share_code_where_their_zero_points_are_stored() -> None:
+    rule, _ = select(SPARSE, parse_target("cpu"))
+    narrow = replace(SPARSE, weight_dtype="int3")
+    assert rule.code_key(SPARSE) == rule.code_key(narrow)
+    symmetric = replace(SPARSE, symmetric=True)
+    assert rule.code_key(symmetric) != rule.code_key(replace(narrow, symmetric=True))
+
+
+@pytest.mark.parametrize("bits", BITS)
+def test_a_spec_knows_the_bits_of_its_codes(bits: int) -> None:
+    assert replace(SPARSE, weight_dtype=f"int{bits}").bits == bits
+    assert DENSE.bits == 0

@@ -1,0 +1,1 @@
+"""Several processes that train together: who does what, and how they find each other."""

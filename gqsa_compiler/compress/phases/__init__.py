@@ -1,0 +1,1 @@
+"""What a compression does, in order: plan, blocks, whole model, write."""

@@ -1,0 +1,1 @@
+"""Training through the quantiser: one block at a time, then the whole model."""

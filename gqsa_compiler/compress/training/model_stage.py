@@ -1,0 +1,199 @@
+"""End-to-end training of a compressed model: stage two (E2E-OQP), and the weights' stage."""
+
+from __future__ import annotations
+
+import math
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gqsa_compiler.compress.recipes.recipe import ModelStage
+from gqsa_compiler.compress.training.losses import LossParts, distill
+from gqsa_compiler.compress.training.optimizer import (
+    clamp_zeros,
+    epoch_order,
+    grouped_layers,
+    make_optimizer,
+    parameter_groups,
+    set_rates,
+)
+from gqsa_compiler.compress.training.ranks import Ranks
+from gqsa_compiler.errors import ModelError
+
+Tensors = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Step:
+    """One optimiser step, for logs.
+
+    Parameters
+    ----------
+    step, steps : int
+        Steps done, and in all.
+    losses : LossParts
+    rate : float
+        Share of the peak learning rates.
+    tokens : int
+        Tokens of the stage so far.
+    seconds : float
+        Wall time of the step.
+    """
+
+    step: int
+    steps: int
+    losses: LossParts
+    rate: float
+    tokens: int
+    seconds: float
+
+
+class ModelTrainer:
+    """Trains a model whose linear layers are grouped, against the dense model's hidden states.
+
+    Parameters
+    ----------
+    model : transformers.PreTrainedModel
+        With `GroupedLinear` layers; whether their codes are frozen is theirs to say.
+    stage : ModelStage
+    tokens : int64 [S, T]
+        Calibration sequences.
+    teacher : float [S, T, H]
+        The dense model's hidden states after its last norm; may be memory-mapped.
+    seed : int
+        Of the order of the sequences.
+    dtype : torch.dtype
+        What products are computed in; the residual stream is float32.
+    ranks : Ranks, optional
+        Processes that take their shares of each step.
+
+    Raises
+    ------
+    UsageError
+        There are more processes than sequences in a step, or nothing is trained.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        stage: ModelStage,
+        tokens: Tensor,
+        teacher: Tensor,
+        *,
+        seed: int,
+        dtype: torch.dtype,
+        ranks: Ranks | None = None,
+    ) -> None:
+        self._ranks = ranks or Ranks()
+        self._model = model
+        self._stage = stage
+        self._tokens = tokens
+        self._teacher = teacher
+        self._dtype = dtype
+        self._head = model.get_output_embeddings().weight.detach().to(dtype)
+        self._cap = getattr(model.config, "final_logit_softcapping", None)
+        self._device = next(model.parameters()).device
+        self._layers = grouped_layers(model)
+        model.requires_grad_(False)
+        norms = dict(norm_parameters(model))
+        groups = parameter_groups(self._layers.values(), stage, norms.values(), stage.norm_rate)
+        self._optimizer = make_optimizer(groups)
+        self._trained = {
+            name: parameter
+            for name, parameter in model.named_parameters()
+            if parameter.requires_grad
+        }
+        samples, length = tokens.shape
+        self._batch = batch_size(stage, samples, length)
+        self._ranks.check_batch(self._batch)
+        self.steps = max(1, math.ceil(samples * stage.epochs / self._batch))
+        self.step = 0
+        self._order = epoch_order(samples, self.steps * self._batch, seed)
+
+    def train_step(self) -> Step:
+        """Take one optimiser step.
+
+        Raises
+        ------
+        ModelError
+            The loss is infinite or NaN.
+        """
+        began = time.monotonic()
+        chosen = self._order[self.step * self._batch : (self.step + 1) * self._batch]
+        mine = self._ranks.take(chosen)
+        share = len(mine) / len(chosen)
+        ids = self._tokens[mine].to(self._device)
+        wanted = self._teacher[mine][:, :-1].flatten(0, 1).to(self._device)
+        with torch.autocast(self._device.type, self._dtype, enabled=self._dtype != torch.float32):
+            hidden = self._model.base_model(input_ids=ids, use_cache=False).last_hidden_state
+        seen = hidden.detach()[:, :-1].flatten(0, 1)
+        losses, slope = distill(
+            seen, wanted, ids[:, 1:].flatten(), self._head, self._stage.distillation, self._cap
+        )
+        losses = self._ranks.mean_losses(losses, share)
+        if not math.isfinite(losses.total):
+            raise ModelError(
+                f"The loss is not a finite number at step {self.step + 1}; lower the recipe's "
+                "rates."
+            )
+        gradient = torch.zeros_like(hidden)
+        gradient[:, :-1] = slope.view(len(ids), -1, hidden.shape[-1])
+        hidden.backward(gradient)
+        self._ranks.add_gradients(self._trained.values(), share)
+        rate = set_rates(self._optimizer, self.step, self.steps, self._stage.warmup)
+        self._optimizer.step()
+        self._optimizer.zero_grad(set_to_none=True)
+        clamp_zeros(self._layers.values())
+        self.step += 1
+        tokens = self.step * self._batch * ids.shape[1]
+        seconds = time.monotonic() - began
+        return Step(self.step, self.steps, losses, rate, tokens, seconds)
+
+    def state(self) -> Tensors:
+        """Return what has been trained and the optimiser's moments, by name, to go on later.
+
+        They are not copied: the next step changes them.
+        """
+        tensors: Tensors = {}
+        for name, parameter in self._trained.items():
+            tensors[name] = parameter.detach()
+            for key in ("exp_avg", "exp_avg_sq"):
+                if parameter in self._optimizer.state:
+                    tensors[f"{key}/{name}"] = self._optimizer.state[parameter][key]
+        return tensors
+
+    @torch.no_grad()
+    def load_state(self, tensors: Tensors, step: int) -> None:
+        """Go on where `state` was taken after so many steps.
+
+        The moments are taken over, not copied, if they are on the model's device.
+        """
+        self.step = step
+        for name, parameter in self._trained.items():
+            parameter.copy_(tensors[name])
+            if f"exp_avg/{name}" not in tensors:  # no step was taken yet
+                continue
+            device = parameter.device
+            self._optimizer.state[parameter] = {
+                # As the fused optimiser makes it.
+                "step": torch.tensor(float(step), dtype=torch.float32, device=device),
+                "exp_avg": tensors[f"exp_avg/{name}"].to(device),
+                "exp_avg_sq": tensors[f"exp_avg_sq/{name}"].to(device),
+            }
+
+
+def batch_size(stage: ModelStage, samples: int, length: int) -> int:
+    """Return how many of `samples` sequences, of so many tokens each, a step takes."""
+    return max(1, min(samples, stage.batch_tokens // length))
+
+
+def norm_parameters(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
+    """List the weights of the norms: every vector that is no bias and no group parameter."""
+    return [
+        (name, parameter)
+        for name, parameter in model.named_parameters()
+        if parameter.ndim == 1 and name.endswith("weight")
+    ]
