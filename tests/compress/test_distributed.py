@@ -36,7 +36,7 @@ from tests.tiny_models import make_tiny
 
 MAIN = ["-m", "gqsa_compiler.cli.main", "compress"]
 PATIENCE = 120.0  # on a busy machine
-SOON = 10.0
+SOON = 60.0
 SECOND = Launch(index=1, local_index=1, count=2)
 
 
@@ -84,6 +84,7 @@ def test_two_processes_train_as_one(
     assert torch.allclose(first["losses"], alone["losses"], rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_run_of_one_process_is_finished_by_two(
     llama: Path,
     tmp_path: Path,
@@ -140,6 +141,7 @@ def test_a_run_of_one_process_is_finished_by_two(
     assert [s.loss for s in after] == pytest.approx([s.loss for s in before], rel=1e-2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("dies", "moment", "said"),
     [
@@ -171,6 +173,7 @@ def test_the_death_of_one_ends_the_other(
     assert not output.exists()
 
 
+@pytest.mark.slow
 def test_an_error_of_process_0_is_said_once(
     llama: Path, tmp_path: Path, running: list[subprocess.Popen[bytes]]
 ) -> None:
