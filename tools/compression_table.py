@@ -11,15 +11,12 @@ from __future__ import annotations
 
 import argparse
 import json
-import shlex
-import subprocess
-import sys
 import time
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-GQSA = Path(sys.executable).with_name("gqsa")
+from commands import measure
 
 RECIPES = (
     *(f"w4s{sparsity}g{group}" for sparsity in (50, 30, 0) for group in (16, 32, 64)),
@@ -30,15 +27,7 @@ RECIPES = (
 STAGES = "block,weights,scales"
 
 
-def gqsa(*words: str) -> dict[str, Any]:
-    """Run one command with --json and return its figures; progress goes to the terminal."""
-    print(f"\n$ {shlex.join(('gqsa', *words))}", flush=True)
-    done = subprocess.run([GQSA, *words, "--json"], check=True, text=True, stdout=subprocess.PIPE)
-    found: dict[str, Any] = json.loads(done.stdout)
-    return found
-
-
-def measure(recipe: str, arguments: argparse.Namespace) -> dict[str, Any]:
+def compress(recipe: str, arguments: argparse.Namespace) -> dict[str, Any]:
     """Compress by one recipe and score the checkpoint."""
     place = arguments.directory / recipe.replace("/", "-")
     settings = place.with_suffix(".yaml")
@@ -52,12 +41,12 @@ def measure(recipe: str, arguments: argparse.Namespace) -> dict[str, Any]:
     calibration = ["--calibration", str(arguments.calibration)] if arguments.calibration else []
     size = ["--samples", arguments.samples, "--sequence-length", str(arguments.context)]
     began = time.monotonic()
-    report = gqsa(
+    report = measure(
         *("compress", arguments.model, "-o", str(place), "--recipe", str(settings)),
         *("--stages", STAGES, "--overwrite", *calibration, *size),
     )
     seconds = time.monotonic() - began
-    score = gqsa(
+    score = measure(
         *("eval", str(place), "--text", str(arguments.text), "--context", str(arguments.context))
     )
     return {
@@ -151,11 +140,11 @@ def main() -> None:
     done = {row["recipe"] for row in rows}
     for recipe in arguments.recipes:
         if recipe not in done:
-            rows.append(measure(recipe, arguments))
+            rows.append(compress(recipe, arguments))
             with log.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(rows[-1]) + "\n")
     score = ("eval", arguments.model, "--text", str(arguments.text))
-    dense = gqsa(*score, "--context", str(arguments.context))["perplexity"]
+    dense = measure(*score, "--context", str(arguments.context))["perplexity"]
     print(f"\ndense {dense:.2f}\n\n{table(rows, dense)}")
     plot(rows, dense, arguments.directory / "perplexity.svg")
 

@@ -6,39 +6,18 @@ Every step is a `gqsa` command, printed before it runs, so that the demo is also
 from __future__ import annotations
 
 import argparse
-import json
 import os
-import shlex
-import subprocess
-import sys
 import time
 from pathlib import Path
-from typing import Any
+
+from commands import gqsa, measure
 
 ROOT = Path(__file__).resolve().parent.parent
-GQSA = Path(sys.executable).with_name("gqsa")
 
 MODEL = "smollm2-135m"
 RECIPE = "w4s10g16"
 PROMPT = "What is the capital of France? Tell me one thing about it."
 CONTEXT = 512
-
-
-def gqsa(*words: str, capture: bool = False) -> str:
-    """Run one command as a user would; its standard output is returned if asked for."""
-    print(f"\n$ {shlex.join(('gqsa', *words))}", flush=True)
-    done = subprocess.run(
-        [GQSA, *words], check=False, text=True, stdout=subprocess.PIPE if capture else None
-    )
-    if done.returncode != 0:
-        sys.exit(done.returncode)
-    return done.stdout or ""
-
-
-def measure(*words: str) -> dict[str, Any]:
-    """Run one command with --json and return its figures."""
-    found: dict[str, Any] = json.loads(gqsa(*words, "--json", capture=True))
-    return found
 
 
 def main() -> None:

@@ -170,15 +170,16 @@ class _Compression:
         protect = (source.path, *spec.local_paths)
         check_output(self._output, self._options.overwrite, protect=protect)
         prefix, blocks = find_blocks(build_model(source))
+        layers = [linear_layers(block) for block in blocks]
         shapes = []
-        for index, block in enumerate(blocks):
-            for path, layer in linear_layers(block).items():
+        for index, inside in enumerate(layers):
+            for path, layer in inside.items():
                 self._check_groups(f"{prefix}.{index}.{path}", layer.in_features)
                 shapes.append((layer.out_features, layer.in_features))
         recipe = self._recipe
         if recipe.budget is not None:
             check_budget(shapes, recipe.budget, recipe.target, recipe.balance)
-        return prefix, [list(linear_layers(block)) for block in blocks]
+        return prefix, [list(inside) for inside in layers]
 
     def _check_groups(self, name: str, features: int) -> None:
         size, budget = self._recipe.group_size, self._recipe.budget

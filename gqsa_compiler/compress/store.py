@@ -21,7 +21,7 @@ from gqsa_compiler.checkpoint import (
 )
 from gqsa_compiler.compress.recipes.recipe import LayerTarget, Recipe
 from gqsa_compiler.compress.result import LayerReport
-from gqsa_compiler.compress.solver.oneshot import GroupedWeight
+from gqsa_compiler.compress.solver.grouped import GroupedWeight
 from gqsa_compiler.errors import ModelError
 from gqsa_compiler.frontends.source import ModelSource
 from gqsa_compiler.frontends.torch_model import stored_dtype, to_numpy

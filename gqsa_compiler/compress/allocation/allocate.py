@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
@@ -43,10 +42,6 @@ class Allocation:
     bits_per_weight: float
     predicted_loss: float
     uniform_loss: float | None
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return the allocation as JSON types."""
-        return asdict(self)
 
 
 @dataclass(frozen=True, eq=False)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -74,29 +73,3 @@ class LayerCosts:
             return np.full(len(sparsities), curve[0])
         costs: npt.NDArray[np.float64] = PchipInterpolator(self.sparsities, curve)(sparsities)
         return costs
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return the fields as JSON types."""
-        return {
-            "name": self.name,
-            "shape": list(self.shape),
-            "sparsities": list(self.sparsities),
-            "curves": [
-                {"bits": bits, "group_size": group_size, "costs": list(curve)}
-                for (bits, group_size), curve in self.curves.items()
-            ],
-        }
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> LayerCosts:
-        """Read what `to_dict` gave."""
-        n, k = values["shape"]
-        return cls(
-            name=values["name"],
-            shape=(n, k),
-            sparsities=tuple(values["sparsities"]),
-            curves={
-                (curve["bits"], curve["group_size"]): tuple(curve["costs"])
-                for curve in values["curves"]
-            },
-        )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from dataclasses import dataclass
 
@@ -111,10 +112,10 @@ class BlockPhase:
             load_parameters(block, name, self.source)
             block.to(self.device)
             if work.has(block_state(BLOCK_STATE, index)):
-                inputs, dense_inputs = _run_saved(
+                inputs, dense_inputs, loss = _run_saved(
                     block, work, index, inputs, dense_inputs, arguments
                 )
-                losses.append(_loss(work, index))
+                losses.append(loss)
                 release(block)
                 continue
             paths = list(linear_layers(block))
@@ -129,9 +130,10 @@ class BlockPhase:
                 self.plan.block_targets(name, paths, self.recipe.target),
                 self.plan.block_rows(name, paths, self.device),
             )
-            before, after = mean_block_loss(one_shot.outputs, one_shot.targets), None
-            state = one_shot
-            if stage is not None:
+            state, after = one_shot, None
+            if stage is None:
+                before = mean_block_loss(one_shot.outputs, one_shot.targets)
+            else:
                 state, trained = train_block(
                     state,
                     stage,
@@ -139,7 +141,7 @@ class BlockPhase:
                     seed=self.seed + index,
                     balance=self.recipe.balance,
                 )
-                after = trained.after
+                before, after = trained.before, trained.after
             losses.append(before if after is None else after)
             work.save(
                 block_state(BLOCK_STATE, index), to_tensors(state.weights), {"loss": losses[-1]}
@@ -170,9 +172,7 @@ def load_block(
     GqsaError
         The state is damaged.
     """
-    found = work.load(block_state(stage, index))
-    assert found is not None, "the stage is done"
-    return from_tensors(found[0], paths, device)
+    return from_tensors(_saved(work, stage, index)[0], paths, device)
 
 
 def evenly(tokens: Tensor, count: int) -> Tensor:
@@ -190,10 +190,14 @@ def equal_batches(tokens: Tensor, most_tokens: int = BATCH_TOKENS) -> list[Tenso
     return list(tokens.split(size))
 
 
+def _saved(work: WorkReader, stage: str, index: int) -> tuple[dict[str, Tensor], float]:
+    found = work.load(block_state(stage, index))
+    assert found is not None, "the stage is done"
+    return found[0], float(found[1].get("loss", math.nan))
+
+
 def _loss(work: WorkDirectory, index: int) -> float:
-    found = work.load(block_state(BLOCK_STATE, index))
-    assert found is not None
-    return float(found[1]["loss"])
+    return _saved(work, BLOCK_STATE, index)[1]
 
 
 def _run_saved(
@@ -203,14 +207,15 @@ def _run_saved(
     inputs: list[Tensor],
     dense_inputs: list[Tensor],
     arguments: Arguments,
-) -> tuple[list[Tensor], list[Tensor]]:
-    """Run a block that an earlier process has compressed; returns its and the dense outputs."""
+) -> tuple[list[Tensor], list[Tensor], float]:
+    """Run a block that an earlier process has compressed: its outputs, the dense ones, its loss."""
     targets = _run(block, dense_inputs, arguments)
     layers = linear_layers(block)
-    weights = load_block(work, BLOCK_STATE, index, list(layers), targets[0].device)
+    tensors, loss = _saved(work, BLOCK_STATE, index)
+    weights = from_tensors(tensors, list(layers), targets[0].device)
     for path, layer in layers.items():
         layer.weight = nn.Parameter(weights[path].decode(), requires_grad=False)
-    return _run(block, inputs, arguments), targets
+    return _run(block, inputs, arguments), targets, loss
 
 
 @torch.no_grad()

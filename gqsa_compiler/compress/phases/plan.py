@@ -12,6 +12,7 @@ from torch import Tensor
 
 from gqsa_compiler.compress.allocation.allocate import Allocation, allocate, balance_model
 from gqsa_compiler.compress.allocation.sensitivity import measure
+from gqsa_compiler.compress.recipes.budget import MOST_SPARSITY
 from gqsa_compiler.compress.recipes.recipe import LayerTarget, Recipe
 from gqsa_compiler.compress.work.runevents import Phase
 from gqsa_compiler.compress.work.runlog import RunLog
@@ -20,9 +21,6 @@ from gqsa_compiler.frontends.source import ModelSource
 from gqsa_compiler.progress import Progress
 
 STATE = "plan"
-
-MOST_SPARSITY = 0.8
-"""Of a layer, where a whole model's sparsity is balanced."""
 
 
 @dataclass(frozen=True, eq=False)

@@ -15,6 +15,9 @@ from gqsa_compiler.limits import BITS, GROUP_SIZES
 MOST_BITS = 16.0
 """A budget of more bits a weight than this asks for no compression at all."""
 
+MOST_SPARSITY = 0.8
+"""Of a layer, unless a budget says otherwise: what lies beyond was not found worth its loss."""
+
 _UNITS = {
     "B": 1,
     "kB": 10**3,
@@ -60,7 +63,7 @@ class Budget:
     group_sizes: tuple[int, ...] | None = None
     sparsities: tuple[float, ...] | None = None
     least_sparsity: float = 0.0
-    most_sparsity: float = 0.8
+    most_sparsity: float = MOST_SPARSITY
 
     def __post_init__(self) -> None:
         """Check the numbers."""

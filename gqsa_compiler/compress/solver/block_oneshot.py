@@ -19,8 +19,9 @@ from gqsa_compiler.compress.blocks import (
 )
 from gqsa_compiler.compress.gemm import linear
 from gqsa_compiler.compress.recipes.recipe import LayerTarget, Recipe
+from gqsa_compiler.compress.solver.grouped import GroupedWeight
 from gqsa_compiler.compress.solver.hessian import MomentAccumulator
-from gqsa_compiler.compress.solver.oneshot import GroupedWeight, compress_rows
+from gqsa_compiler.compress.solver.oneshot import compress_rows
 
 TINY = 1e-12
 """Keeps the weight of a token of zeros finite."""

@@ -113,10 +113,7 @@ def choose_mask(scores: Tensor, sparsity: float, balance: str) -> Tensor:
         True where a group is kept. Ties keep the earlier group.
     """
     pool = scores if balance == "row" else scores.reshape(1, -1)
-    keep = kept_groups(pool.shape[1], sparsity)
-    order = pool.argsort(dim=1, descending=True, stable=True)[:, :keep]
-    mask = torch.zeros_like(pool, dtype=torch.bool).scatter_(1, order, True)
-    return mask.reshape(scores.shape)
+    return best(pool, kept_groups(pool.shape[1], sparsity)).reshape(scores.shape)
 
 
 def choose_of_four(scores: Tensor, keep: int = 2) -> Tensor:
@@ -134,7 +131,22 @@ def choose_of_four(scores: Tensor, keep: int = 2) -> Tensor:
     bool [N, K]
         True where a weight is kept. Ties keep the earlier weight.
     """
-    quads = scores.reshape(-1, FOUR)
-    order = quads.argsort(dim=1, descending=True, stable=True)[:, :keep]
-    mask = torch.zeros_like(quads, dtype=torch.bool).scatter_(1, order, True)
-    return mask.reshape(scores.shape)
+    return best(scores.reshape(-1, FOUR), keep).reshape(scores.shape)
+
+
+def best(scores: Tensor, counts: Tensor | int) -> Tensor:
+    """Mark the highest scores of every row; ties keep the earlier one.
+
+    Parameters
+    ----------
+    scores : float [R, C]
+    counts : int or int64 [R, 1]
+        How many of each row.
+
+    Returns
+    -------
+    bool [R, C]
+    """
+    order = scores.argsort(dim=1, descending=True, stable=True)
+    first = (torch.arange(scores.shape[1], device=scores.device) < counts).expand_as(scores)
+    return torch.zeros_like(first).scatter_(1, order, first)

@@ -9,13 +9,11 @@ from torch import Tensor
 
 from gqsa_compiler.compress.recipes.recipe import LayerTarget, Recipe
 from gqsa_compiler.compress.solver.compensate import Curvature, compensate
-from gqsa_compiler.compress.solver.grouped import GroupedWeight, element_mask
+from gqsa_compiler.compress.solver.grouped import GroupedWeight
 from gqsa_compiler.compress.solver.hessian import Moments
 from gqsa_compiler.compress.solver.importance import Scorer, choose_mask, choose_of_four
 from gqsa_compiler.compress.solver.rtn import round_weight
 from gqsa_compiler.errors import ModelError
-
-__all__ = ["GroupedWeight", "compress_rows", "element_mask"]
 
 
 def compress_rows(

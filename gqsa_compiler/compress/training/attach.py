@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from gqsa_compiler.compress.solver.oneshot import GroupedWeight
+from gqsa_compiler.compress.solver.grouped import GroupedWeight
 from gqsa_compiler.compress.training.grouped_linear import GroupedLinear
 from gqsa_compiler.errors import ModelError
 

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from gqsa_compiler.compress.gemm import linear
-from gqsa_compiler.compress.solver.oneshot import GroupedWeight
-from gqsa_compiler.compress.solver.quantizer import MIN_SCALE, stored_scale
+from gqsa_compiler.compress.solver.grouped import GroupedWeight
+from gqsa_compiler.compress.solver.quantizer import MIN_SCALE, max_code, stored_scale
 
 
 class GroupedLinear(nn.Module):
@@ -47,7 +47,7 @@ class GroupedLinear(nn.Module):
         super().__init__()
         self.grid_shape = weight.codes.shape
         self.bits = weight.bits
-        self.max_code = (1 << weight.bits) - 1
+        self.max_code = max_code(weight.bits)
         self.dtype = dtype
         # What dropped groups have there means nothing, and times 0 it might not be 0.
         self.scale = nn.Parameter(weight.scales.where(weight.keep, MIN_SCALE))

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from gqsa_compiler.compress.solver.importance import magnitude_scores
+from gqsa_compiler.compress.solver.importance import best, magnitude_scores
 from gqsa_compiler.compress.solver.quantizer import fit_grid
 from gqsa_compiler.compress.training.grouped_linear import GroupedLinear
 
@@ -90,6 +90,4 @@ def best_groups(scores: Tensor, keep: Tensor, *, rows: bool) -> Tensor:
     """
     pool = scores if rows else scores.reshape(1, -1)
     counts = keep.reshape(pool.shape).sum(1, keepdim=True)
-    order = pool.argsort(dim=1, descending=True, stable=True)
-    first = torch.arange(pool.shape[1], device=pool.device) < counts
-    return torch.zeros_like(first).scatter_(1, order, first).reshape(scores.shape)
+    return best(pool, counts).reshape(scores.shape)

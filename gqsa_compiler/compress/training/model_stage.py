@@ -62,7 +62,7 @@ class ModelTrainer:
     tokens : int64 [S, T]
         Calibration sequences.
     teacher : float [S, T, H]
-        The dense model's hidden states after its last norm; may be memory-mapped.
+        The dense model's hidden states after its last norm.
     seed : int
         Of the order of the sequences.
     dtype : torch.dtype

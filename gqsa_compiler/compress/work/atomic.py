@@ -34,13 +34,18 @@ def replacing(path: Path) -> Iterator[Path]:
         with suppress(OSError):
             temporary.unlink()
         if isinstance(error, Exception) and disk_full(error):
-            raise GqsaError(
-                f"No space left on the disk of {path.parent} while saving {path.name}. What was "
-                "saved before is kept: free some space and run the same command again to go on."
-            ) from error
+            raise no_space(path) from error
         if isinstance(error, OSError):
             raise GqsaError(f"Cannot write {path}: {error.strerror or error}.") from error
         raise
+
+
+def no_space(path: Path) -> GqsaError:
+    """Say that a file of a work directory did not fit on the disk."""
+    return GqsaError(
+        f"No space left on the disk of {path.parent} while saving {path.name}. What was saved "
+        "before is kept: free some space and run the same command again to go on."
+    )
 
 
 def _sync(path: Path) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from collections.abc import Mapping
@@ -12,7 +11,12 @@ from typing import Any
 from torch import Tensor
 
 from gqsa_compiler.compress.work.statefile import Metadata, read_state
-from gqsa_compiler.compress.work.worksettings import SETTINGS_FILE, difference, read_settings
+from gqsa_compiler.compress.work.worksettings import (
+    SETTINGS_FILE,
+    as_read,
+    difference,
+    read_settings,
+)
 from gqsa_compiler.errors import UsageError
 
 STATE_SUFFIX = ".state.safetensors"
@@ -54,8 +58,7 @@ class WorkReader:
                 f"There is no {place} as process 0 has it: all processes need the same file "
                 "system. Put the output on one that all machines share."
             )
-        own = json.loads(json.dumps(dict(settings)))
-        different = difference(read_settings(file), own)
+        different = difference(read_settings(file), as_read(settings))
         if different is not None:
             key, first, ours = different
             raise UsageError(

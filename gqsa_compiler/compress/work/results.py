@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from gqsa_compiler.compress.solver.oneshot import GroupedWeight
+from gqsa_compiler.compress.solver.grouped import GroupedWeight
 
 Weights = dict[str, GroupedWeight]
 

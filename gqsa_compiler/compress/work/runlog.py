@@ -12,6 +12,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from gqsa_compiler.compress.work.atomic import no_space
 from gqsa_compiler.compress.work.runevents import (
     Block,
     Calibration,
@@ -184,8 +185,5 @@ def read_log(path: Path) -> RunRecord:
 
 def _cannot_write(path: Path, error: OSError) -> GqsaError:
     if disk_full(error):
-        return GqsaError(
-            f"No space left on the disk of {path.parent} while writing {path.name}. What was "
-            "saved before is kept: free some space and run the same command again to go on."
-        )
+        return no_space(path)
     return GqsaError(f"Cannot write the run log {path}: {error.strerror or error}.")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Mapping
 from contextlib import suppress
@@ -21,6 +20,7 @@ from gqsa_compiler.compress.work.worksettings import (
     DISCARDED_FILE,
     LOCK_FILE,
     SETTINGS_FILE,
+    as_read,
     difference,
     read_settings,
     settings_text,
@@ -82,11 +82,10 @@ class WorkDirectory(WorkReader):
         GqsaError
             The disk is full.
         """
-        found = json.loads(json.dumps(dict(settings)))
         place = Path(os.path.realpath(path))
         work = cls(place, lock_directory(place))
         try:
-            work._begin(found, restart)
+            work._begin(as_read(settings), restart)
         except BaseException:
             if not (place / SETTINGS_FILE).exists():  # they could not be written: nothing is here
                 work.finish()

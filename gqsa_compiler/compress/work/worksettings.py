@@ -23,6 +23,12 @@ _SHOWN_CHARACTERS = 60
 _MISSING = object()
 
 
+def as_read(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Return settings as they come back from the file: tuples are lists there."""
+    found: dict[str, Any] = json.loads(json.dumps(dict(settings)))
+    return found
+
+
 def settings_text(settings: Mapping[str, Any]) -> str:
     """Return the settings file's content."""
     content = {"format": FORMAT, "version": VERSION, "settings": dict(settings)}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import json
 from collections.abc import Sequence
 
 import numpy as np
@@ -246,12 +245,3 @@ def test_costs_are_read_between_the_measured_points() -> None:
             costs.at(scheme, [sparsity])
     alone = LayerCosts("one", (4, 16), (0.0,), {(4, 16): (0.25,)})
     assert alone.at((4, 16), [0.0]).tolist() == [0.25]
-
-
-def test_costs_and_allocations_as_json() -> None:
-    costs = layer(0, 2.0, bits=(2, 4), group_sizes=(16, 32))
-    assert LayerCosts.from_dict(json.loads(json.dumps(costs.to_dict()))) == costs
-    result = allocate([costs], Budget(bits_per_weight=3.0), W4)
-    shown = json.loads(json.dumps(result.to_dict()))
-    assert shown["targets"]["layers.0"]["bits"] == 4
-    assert shown["bytes"] == result.bytes

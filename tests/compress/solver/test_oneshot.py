@@ -20,8 +20,9 @@ from gqsa_compiler.compress.recipes.recipe import (
     Solver,
 )
 from gqsa_compiler.compress.solver.compensate import MaskedSolver
+from gqsa_compiler.compress.solver.grouped import GroupedWeight, element_mask
 from gqsa_compiler.compress.solver.hessian import MomentAccumulator, Moments
-from gqsa_compiler.compress.solver.oneshot import GroupedWeight, compress_rows, element_mask
+from gqsa_compiler.compress.solver.oneshot import compress_rows
 from gqsa_compiler.compress.solver.quantizer import fit_grid, max_code, round_to_grid
 from gqsa_compiler.errors import ModelError
 from gqsa_compiler.limits import BITS

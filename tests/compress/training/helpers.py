@@ -13,12 +13,12 @@ from gqsa_compiler.compress.blocks import capture_inputs, find_blocks, linear_la
 from gqsa_compiler.compress.phases.block import equal_batches
 from gqsa_compiler.compress.recipes.recipe import LayerTarget, Recipe
 from gqsa_compiler.compress.solver.block_oneshot import BlockState, compress_block
+from gqsa_compiler.compress.solver.grouped import GroupedWeight
 from gqsa_compiler.compress.solver.importance import (
     choose_mask,
     choose_of_four,
     magnitude_scores,
 )
-from gqsa_compiler.compress.solver.oneshot import GroupedWeight
 from gqsa_compiler.compress.solver.quantizer import stored_scale
 from gqsa_compiler.compress.solver.rtn import round_weight
 from gqsa_compiler.compress.training.attach import attach
