@@ -20,6 +20,7 @@ from gqsa_compiler._child import run_in_child
 from gqsa_compiler._tvm import relax, tvm
 from gqsa_compiler.checkpoint import BSRLayer
 from gqsa_compiler.errors import CompileError
+from gqsa_compiler.head import round_weight
 from gqsa_compiler.passes.plan import (
     BiasTensor,
     Kernel,
@@ -28,6 +29,7 @@ from gqsa_compiler.passes.plan import (
     RawTensor,
     np_dtype,
 )
+from gqsa_compiler.passes.records import ParamRecord
 from gqsa_compiler.runtime.library import BUNDLE, RUNTIME_LIBRARIES
 from gqsa_compiler.targets import TargetSpec, host_arch
 
@@ -79,8 +81,15 @@ def _pack(kernel: Kernel, weights: WeightLoader) -> Mapping[str, Array]:
     if kernel.spec.weight == "dense":
         parts = [_dense(weights, r.name, kernel.spec.weight_dtype) for r in kernel.records]
     else:
-        parts = [weights.layer(record.name) for record in kernel.records]
+        parts = [_layer(record, weights) for record in kernel.records]
     return kernel.rule.pack(kernel.spec, kernel.config, parts)
+
+
+def _layer(record: ParamRecord, weights: WeightLoader) -> BSRLayer:
+    if not record.linear_bits:
+        return weights.layer(record.name)
+    dense = _dense(weights, record.name, record.dtype)
+    return round_weight(record.layer, dense, record.linear_group)
 
 
 def _dense(weights: WeightLoader, name: str, dtype: str) -> Array:

@@ -13,6 +13,7 @@ import numpy as np
 
 from gqsa_compiler.bandwidth import measure_read_bandwidth
 from gqsa_compiler.errors import UsageError
+from gqsa_compiler.profile import Profile, profile_model
 from gqsa_compiler.progress import Progress
 
 
@@ -48,6 +49,8 @@ class BenchResult:
         is timed as decoding), and CPU threads.
     runs : tuple of BenchRun
         Every timed run, in order.
+    profile : Profile, optional
+        Where the time goes, if that was asked for.
     """
 
     prefill_tokens_per_second: float
@@ -61,10 +64,14 @@ class BenchResult:
     gen: int
     threads: int
     runs: tuple[BenchRun, ...]
+    profile: Profile | None = None
 
     def to_dict(self) -> dict[str, Any]:
-        """Return plain dictionaries and lists."""
-        return asdict(self)
+        """Return plain dictionaries and lists; `profile` only where there is one."""
+        found = asdict(self)
+        if self.profile is None:
+            del found["profile"]
+        return found
 
 
 def bench_artefact(
@@ -75,6 +82,7 @@ def bench_artefact(
     repeats: int = 5,
     threads: int | None = None,
     verify: bool = True,
+    profile: bool = False,
     progress: Progress | None = None,
 ) -> BenchResult:
     """Time an artefact.
@@ -94,6 +102,8 @@ def bench_artefact(
         CPU threads; one for every core this process may use by default.
     verify : bool
         Check the parameters' hashes first; that of ``model.so`` always is.
+    profile : bool
+        Then repeat the runs with a clock around every kernel.
     progress : callable, optional
         Called with (stage, done, total).
 
@@ -135,16 +145,26 @@ def bench_artefact(
                 )
             )
         say("Timed runs", repeats + 1, repeats + 1)
-    # Before the bandwidth's own buffer is made.
-    peak = _peak_memory_bytes()
+        # Before the profile's own cache and the bandwidth's own buffer are made.
+        peak = _peak_memory_bytes()
+        timed = tuple(runs[1:])
+        decode = statistics.median(run.decode_tokens_per_second for run in timed)
+        first = statistics.median(run.first_token_seconds for run in timed)
+        found_profile = None
+        if profile:
+            found_profile = profile_model(
+                model,
+                ids,
+                gen,
+                repeats=repeats,
+                progress=say,
+            )
     say("Measuring the memory's read bandwidth", 0, 0)
     bandwidth = measure_read_bandwidth(used)
-    timed = tuple(runs[1:])
-    decode = statistics.median(run.decode_tokens_per_second for run in timed)
     return BenchResult(
         prefill_tokens_per_second=statistics.median(r.prefill_tokens_per_second for r in timed),
         decode_tokens_per_second=decode,
-        first_token_seconds=statistics.median(r.first_token_seconds for r in timed),
+        first_token_seconds=first,
         bytes_per_token=manifest.bytes_per_token,
         read_bandwidth=bandwidth,
         read_bandwidth_share=manifest.bytes_per_token * decode / bandwidth,
@@ -153,6 +173,7 @@ def bench_artefact(
         gen=gen,
         threads=used,
         runs=timed,
+        profile=found_profile,
     )
 
 

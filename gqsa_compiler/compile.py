@@ -8,10 +8,10 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from gqsa_compiler import artefact, report
 from gqsa_compiler._callable import make_callable
@@ -20,6 +20,7 @@ from gqsa_compiler.checkpoint import BSRLayer
 from gqsa_compiler.errors import CompileError, UsageError
 from gqsa_compiler.frontends.hf import ImportedModel, import_model
 from gqsa_compiler.frontends.source import ModelSource, resolve
+from gqsa_compiler.head import BITS, group_size
 from gqsa_compiler.outdir import check_output, staged_directory
 from gqsa_compiler.passes.memory import workspace_bytes
 from gqsa_compiler.passes.pipeline import PipelineOptions, run
@@ -30,6 +31,7 @@ from gqsa_compiler.report import CompileReport
 from gqsa_compiler.runtime import manifest as manifests
 from gqsa_compiler.runtime.params import write_params
 from gqsa_compiler.schedules.kv_cache import KVCacheSpec
+from gqsa_compiler.schedules.table import check_activations, default_activations
 from gqsa_compiler.targets import TargetSpec, parse_target
 
 if TYPE_CHECKING:
@@ -38,6 +40,8 @@ if TYPE_CHECKING:
     from gqsa_compiler.schedules.spec import ActivationDtype
 
 DENSE_RECIPE = "dense"
+HEADS = ("int8", "stored")
+ACTIVATIONS = ("auto", "float32", "int16", "int8")
 
 
 @dataclass(frozen=True)
@@ -56,7 +60,12 @@ class CompileOptions:
     max_batch : int
         Most sequences at once.
     activations : str
-        ``float32``, or ``int8``: compressed layers quantise their inputs on the fly.
+        What compressed layers round their inputs to, on the fly: ``float32`` (nothing), ``int16``
+        (a scale a token; x86-64 with AVX2), ``int8`` (a scale for 8 columns); ``auto`` is ``int16``
+        where the target has kernels for it and ``float32`` elsewhere.
+    head : str
+        The language-model head of a compressed model: ``int8`` rounds it to 8 bits, ``stored``
+        leaves it as it is.
     bundle : bool
         Add TVM's runtime libraries.
     no_fallback : bool
@@ -69,7 +78,8 @@ class CompileOptions:
     context_length: int | None = None
     prefill_chunk: int = 512
     max_batch: int = 4
-    activations: ActivationDtype = "float32"
+    activations: ActivationDtype | Literal["auto"] = "auto"
+    head: Literal["int8", "stored"] = "int8"
     bundle: bool = False
     no_fallback: bool = False
     debug_dump: Path | None = None
@@ -116,7 +126,7 @@ def compile_model(
     """
     options = options or CompileOptions()
     target = parse_target(options.target)
-    _check_options(options)
+    _check_options(options, target)
     artefact.check_tools(target, bundle=options.bundle)
     source = resolve(model)
     compressed = source.checkpoint is not None
@@ -157,7 +167,7 @@ def compile_model(
         return result
 
 
-def _check_options(options: CompileOptions) -> None:
+def _check_options(options: CompileOptions, target: TargetSpec) -> None:
     for name in ("prefill_chunk", "max_batch", "context_length"):
         value = getattr(options, name)
         if value is not None and value < 1:
@@ -167,8 +177,14 @@ def _check_options(options: CompileOptions) -> None:
             f"max batch is {options.max_batch}, more than the prefill chunk "
             f"{options.prefill_chunk}; raise --prefill-chunk or lower --max-batch."
         )
-    if options.activations not in ("float32", "int8"):
-        raise UsageError(f"Unknown activations {options.activations!r}: float32 or int8.")
+    if options.activations not in ACTIVATIONS:
+        raise UsageError(
+            f"Unknown activations {options.activations!r}; choose one of {', '.join(ACTIVATIONS)}."
+        )
+    if options.head not in HEADS:
+        raise UsageError(f"Unknown head {options.head!r}; choose one of {', '.join(HEADS)}.")
+    if options.activations != "auto":
+        check_activations(options.activations, target)
 
 
 @dataclass
@@ -180,6 +196,12 @@ class _Compilation:
     options: CompileOptions
     progress: Progress
     seconds: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def activations(self) -> ActivationDtype:
+        """What compressed layers round their inputs to."""
+        wanted = self.options.activations
+        return default_activations(self.target) if wanted == "auto" else wanted
 
     @contextmanager
     def _stage(self, name: str) -> Iterator[None]:
@@ -194,7 +216,7 @@ class _Compilation:
         with self._stage("importing the model"):
             imported = import_model(self.source, context_length=self.options.context_length)
             weights = _Weights(self.source, imported)
-            records = weights.records()
+            records = self._with_head(weights.records(), imported.head)
         with self._stage("running passes"):
             mod, plan, workspace = self._run_passes(imported, records)
         uses, fallbacks = report.kernel_uses(
@@ -236,6 +258,19 @@ class _Compilation:
         (directory / "report.json").write_text(text + "\n", encoding="utf-8")
         return result
 
+    def _with_head(self, records: tuple[ParamRecord, ...], head: str) -> tuple[ParamRecord, ...]:
+        """Mark the head to be rounded, if that is asked for and its layer is not compressed."""
+        if self.options.head == "stored" or self.source.checkpoint is None:
+            return records
+        return tuple(
+            replace(record, linear_bits=BITS, linear_group=size)
+            if record.name == head
+            and record.storage == "dense"
+            and (size := group_size(record.shape[1])) is not None
+            else record
+            for record in records
+        )
+
     def _ignored(self) -> tuple[str, ...]:
         checkpoint = self.source.checkpoint
         return () if checkpoint is None else tuple(checkpoint.quantization.ignore)
@@ -255,7 +290,7 @@ class _Compilation:
                 "n": self._prefill_chunk(imported),
                 "m": max(self.options.max_batch, manifests.SCORE_ROWS),
             },
-            self.options.activations,
+            self.activations,
         )
         workspace = phases = 0
         dump = self.options.debug_dump
@@ -303,7 +338,7 @@ class _Compilation:
                 sliding_window=model.sliding_window,
                 bos_token_id=model.bos_token_id,
                 eos_token_ids=tuple(model.eos_token_ids),
-                activations=self.options.activations,
+                activations=self.activations,
             ),
             kv_cache=manifests.KVCacheInfo(
                 _kv_spec(imported).dtype,

@@ -39,9 +39,10 @@ class CompileReport:
         The artefact's directory.
     target : str
     bytes_by_kind : dict
-        ``compressed``, ``dense_linear``, ``tables`` (embeddings and rotary tables, of which a token
-        reads one row) and ``other`` (norms, biases); their sum is the size of the weights in
-        memory. A tied embedding counts as ``dense_linear``: the head reads all of it.
+        ``compressed``, ``head`` (where it is rounded here), ``dense_linear``, ``tables``
+        (embeddings and rotary tables, of which a token reads one row) and ``other`` (norms,
+        biases); their sum is the size of the weights in memory. A tied embedding that is not
+        rounded counts as ``dense_linear``: the head reads all of it.
     bits_per_weight : float
         Of the compressed layers, packed, over their decoded size N * K; 0 when there are none.
     bytes_per_token : int
@@ -118,7 +119,7 @@ def kernel_uses(
         )
         if is_dense:
             dense.append((kernel, size, on_purpose))
-        else:
+        elif kernel.compressed:
             packed_bytes += size
             packed_weights += spec.n * spec.k
     if not compressed:
@@ -159,10 +160,12 @@ def bytes_per_token(plan: PackPlan) -> int:
 def bytes_by_kind(plan: PackPlan) -> dict[str, int]:
     """Sum the plan's bytes by kind of tensor."""
     heads = {k.records[0].name for k in plan.kernels if k.shares_stored_tensor}
-    kinds: Counter[str] = Counter(compressed=0, dense_linear=0, tables=0, other=0)
+    kinds: Counter[str] = Counter(compressed=0, head=0, dense_linear=0, tables=0, other=0)
     for tensor in plan.tensors:
         if isinstance(tensor, PackedTensor):
             kind = "dense_linear" if tensor.kernel.spec.weight == "dense" else "compressed"
+            if kind == "compressed" and not tensor.kernel.compressed:
+                kind = "head"
         elif isinstance(tensor, BiasTensor) or len(tensor.shape) < 2:
             kind = "other"
         elif tensor.name in heads:
@@ -175,6 +178,6 @@ def bytes_by_kind(plan: PackPlan) -> dict[str, int]:
 
 def bits_per_weight(plan: PackPlan) -> float:
     """Packed bits of the compressed layers over their decoded weights."""
-    kernels = [k for k in plan.kernels if k.spec.weight == "bsr"]
+    kernels = [k for k in plan.kernels if k.compressed]
     weights = sum(k.spec.n * k.spec.k for k in kernels)
     return 8 * sum(kernel_bytes(plan, k) for k in kernels) / weights if weights else 0.0

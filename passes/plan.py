@@ -73,6 +73,11 @@ class Kernel:
         return folded_name([record.layer for record in self.records])
 
     @property
+    def compressed(self) -> bool:
+        """Whether its weights are compressed in the checkpoint."""
+        return all(record.storage == "bsr" for record in self.records)
+
+    @property
     def shares_stored_tensor(self) -> bool:
         """Whether the kernel reads the one stored tensor itself, so that no copy is packed."""
         return len(self.records) == 1 and self.rule.reads_stored_layout

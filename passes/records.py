@@ -32,6 +32,9 @@ class ParamRecord:
         G and kept groups; 0 for dense.
     symmetric : bool
         No stored zero points.
+    linear_bits, linear_group : int
+        Of a dense tensor: where a linear layer reads it, it is rounded to such codes in groups of
+        so many columns when it is packed; 0: it stays as it is.
     """
 
     name: str
@@ -41,6 +44,8 @@ class ParamRecord:
     group_size: int = 0
     nnz: int = 0
     symmetric: bool = False
+    linear_bits: int = 0
+    linear_group: int = 0
 
     @property
     def layer(self) -> str:

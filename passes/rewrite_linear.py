@@ -15,7 +15,7 @@ def RewriteLinear(activation_dtype: ActivationDtype = "float32") -> tvm.transfor
     Parameters
     ----------
     activation_dtype : str
-        ``float32`` or ``int8``, for compressed layers; dense layers always compute in float32.
+        ``float32``, ``int16`` or ``int8``, for compressed layers; dense layers compute in float32.
     """
 
     def rule(graph: Graph, _var: relax.Var, call: relax.Call) -> Expr | None:
@@ -32,6 +32,17 @@ def RewriteLinear(activation_dtype: ActivationDtype = "float32") -> tvm.transfor
 
 def _spec(record: ParamRecord, activation_dtype: ActivationDtype) -> LinearSpec:
     n, k = record.shape
+    if record.linear_bits:
+        return LinearSpec(
+            n,
+            k,
+            "bsr",
+            f"int{record.linear_bits}",
+            group_size=record.linear_group,
+            nnz=n * (k // record.linear_group),
+            symmetric=True,
+            activation_dtype=activation_dtype,
+        )
     if record.storage == "dense":
         return LinearSpec(n, k, "dense", record.dtype)
     return LinearSpec(

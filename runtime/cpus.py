@@ -5,9 +5,11 @@ from __future__ import annotations
 import os
 import platform
 import re
+from collections.abc import Iterator
 from pathlib import Path
 
 _SYSTEM = Path("/sys")
+_CGROUPS = Path("/proc/self/cgroup")
 _ARCHITECTURES = {"AMD64": "x86_64", "arm64": "aarch64"}  # other systems' names
 
 
@@ -34,14 +36,14 @@ def allowed_cpus(system: Path = _SYSTEM) -> list[int]:
     return firsts + sorted(cpu for core in cores for cpu in core[1:])
 
 
-def default_threads(system: Path = _SYSTEM) -> int:
+def default_threads(system: Path = _SYSTEM, cgroups: Path = _CGROUPS) -> int:
     """Count the cores that this process may use, within its container's CPU quota.
 
     Two threads of one core share its vector units, and TVM's waiting workers spin: more threads
     than cores are slower.
     """
     cores = len(_cores(system))
-    return max(1, min(cores, _quota(system / "fs/cgroup/cpu.max", cores)))
+    return max(1, min([cores, *_quotas(system / "fs/cgroup", cgroups)]))
 
 
 def _cores(system: Path) -> list[list[int]]:
@@ -57,10 +59,35 @@ def _cores(system: Path) -> list[list[int]]:
     return list(cores.values())
 
 
-def _quota(path: Path, otherwise: int) -> int:
-    """Read a container's limit, ``<microseconds> <period>``, rounded up to whole CPUs."""
+def _quotas(root: Path, cgroups: Path) -> Iterator[int]:
+    """Yield the CPU limits of this process's control groups, rounded up to whole CPUs.
+
+    A group's limit holds for the groups in it. Inside a container the group's own path may not be
+    there: its limit is the root's then.
+    """
+    paths = {(root, "/"), (root / "cpu", "/")}  # versions 2 and 1
     try:
-        limit, period = map(int, path.read_text().split())
-    except (OSError, ValueError):  # no container, or no limit: ``max 100000``
-        return otherwise
-    return -(-limit // period)
+        lines = cgroups.read_text().splitlines()
+    except OSError:
+        lines = []
+    for line in lines:
+        number, controllers, path = line.split(":", 2)
+        if number == "0":
+            paths.add((root, path))
+        elif "cpu" in controllers.split(","):
+            paths.add((root / "cpu", path))
+    for base, path in paths:
+        group = base / path.lstrip("/")
+        for folder in (group, *group.parents[: len(Path(path).parents)]):
+            yield from _quota(folder)
+
+
+def _quota(group: Path) -> Iterator[int]:
+    """Yield a control group's limit, if it has one: microseconds in each period of so many."""
+    for files in (("cpu.max",), ("cpu.cfs_quota_us", "cpu.cfs_period_us")):
+        try:
+            limit, period = map(int, " ".join((group / f).read_text() for f in files).split())
+        except (OSError, ValueError):  # another version, or no limit: ``max 100000``
+            continue
+        if limit > 0:  # -1 is none
+            yield max(1, -(-limit // period))

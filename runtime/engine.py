@@ -1,16 +1,14 @@
 """A session: the compiled functions, their parameters and one paged key/value cache.
 
-Every call into TVM is made on the session's own thread. TVM keeps its pool of workers per calling
-thread, so a session has exactly the threads it asked for and pins nobody else's; and several
-threads of a program may use one session.
+Every call into TVM is made on a thread of `workers`, so a session has exactly the threads it asked
+for and pins nobody else's; and several threads of a program may use one session.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 
@@ -18,11 +16,24 @@ from gqsa_compiler.runtime import cpus, library, params
 from gqsa_compiler.runtime._ffi import tvm_ffi
 from gqsa_compiler.runtime.errors import ArtefactError, UsageError
 from gqsa_compiler.runtime.manifest import SCORE_ROWS, Manifest
+from gqsa_compiler.runtime.workers import Workers
 
 T = TypeVar("T")
 
 _CPU, _POOLED_ALLOCATOR = 1, 2
-_SHARE_ALL_CORES = -3  # TVM's affinity mode: the workers share the CPUs that are listed
+
+
+class Instrument(Protocol):
+    """What `Session.set_instrument` takes: called before and after each call of the compiled code.
+
+    `name` is the called function's in ``model.so``, or a builtin's of TVM; `result` is None
+    before the call. Calls can be nested.
+    """
+
+    def __call__(
+        self, function: Any, name: str, before: bool, result: Any, *arguments: Any
+    ) -> None:
+        """Take note of a call."""
 
 
 class Program:
@@ -96,29 +107,28 @@ class Session:
         self.context_length = _limit("context_length", context_length, model.context_length)
         self.max_batch = _limit("max_batch", max_batch, model.max_batch)
         self.vocab_size = model.vocab_size
-        self._cpus = cpus.allowed_cpus()
-        if threads is not None and not 1 <= threads <= len(self._cpus):
+        allowed = cpus.allowed_cpus()
+        if threads is not None and not 1 <= threads <= len(allowed):
             raise UsageError(
-                f"threads is {threads} and this process may use {len(self._cpus)} CPUs; "
-                f"choose 1 to {len(self._cpus)}."
+                f"threads is {threads} and this process may use {len(allowed)} CPUs; "
+                f"choose 1 to {len(allowed)}."
             )
         self.threads = threads or cpus.default_threads()
         self._chunk = model.prefill_chunk
         self._page = program.manifest.kv_cache.page_size
+        self._manifest = program.manifest
         self._parameters = program.parameters
         self._lengths: dict[int, int] = {}
         self._next = 0
         self._closed = False
-        self._executor = ThreadPoolExecutor(1, thread_name_prefix="gqsa-session")
+        self._workers = Workers.share(allowed[: self.threads])
         try:
             self._on_thread(self._start, program.module, program.manifest.kv_cache.bytes_per_token)
         except BaseException:
-            self._executor.shutdown()
+            self._workers.release()
             raise
 
     def _start(self, module: Any, token_bytes: int) -> None:
-        configure = tvm_ffi.get_global_func("runtime.config_threadpool")
-        configure(_SHARE_ALL_CORES, self.threads, [str(i) for i in self._cpus[: self.threads]])
         try:
             vm = module["vm_load_executable"]()
             vm["vm_initialization"](_CPU, 0, _POOLED_ALLOCATOR)
@@ -286,12 +296,25 @@ class Session:
             )
         return np.ascontiguousarray(ids, dtype=np.int32)
 
+    def set_instrument(self, instrument: Instrument) -> None:
+        """Have every call of the compiled functions reported from now on, on the session's thread.
+
+        TVM cannot take an instrument away again: open a session for it.
+        """
+        self._on_thread(lambda: self._vm["set_instrument"](tvm_ffi.convert(instrument)))
+
+    @property
+    def parameter_addresses(self) -> dict[str, int]:
+        """Where each parameter's data lies, by its name: an instrument tells layers by it."""
+        names = (parameter.name for parameter in self._manifest.parameters)
+        return {n: t.data_ptr() for n, t in zip(names, self._parameters, strict=True)}
+
     def close(self) -> None:
-        """Free the cache and end the session's thread; a closed session cannot be used again."""
+        """Free the cache and its share in the threads; a closed session cannot be used again."""
         if not self._closed:
             self._on_thread(self._free)
             self._closed = True
-            self._executor.shutdown()
+            self._workers.release()
 
     def _free(self) -> None:
         self._lengths.clear()
@@ -300,7 +323,7 @@ class Session:
     def _on_thread(self, function: Callable[..., T], *args: Any) -> T:
         if self._closed:
             raise UsageError("The session is closed; load the artefact again.")
-        return self._executor.submit(function, *args).result()
+        return self._workers.call(function, *args)
 
     def _pass(
         self,

@@ -46,6 +46,25 @@ def quantise_activations(x: Array) -> npt.NDArray[np.float64]:
     return (np.rint(blocks * inverse).astype(np.float64) * scale).reshape(x.shape)
 
 
+def quantise_tokens(x: Array) -> npt.NDArray[np.float64]:
+    """Round float32 activations [m, K] to int16 per token, and back.
+
+    The scale of a token is its largest magnitude / 32767; one below 1e-30 becomes 0. Codes are
+    ``x * (32767 / peak)`` in float32, rounded half to even.
+
+    Returns
+    -------
+    float64 [m, K]
+    """
+    values = x.astype(np.float32)
+    peak = np.abs(values).max(-1, keepdims=True)
+    usable = peak >= np.float32(QUANT_TINY)
+    safe = np.maximum(peak, np.float32(QUANT_TINY))
+    inverse = np.where(usable, np.float32(32767.0) / safe, np.float32(0.0))
+    scale = np.where(usable, peak / np.float32(32767.0), np.float32(0.0))
+    return np.rint(values * inverse).astype(np.float64) * scale
+
+
 def activate(name: Activation, y: Array) -> npt.NDArray[np.float64]:
     """Apply an activation in float64."""
     y = y.astype(np.float64)
@@ -89,6 +108,8 @@ def linear(
         value = value * factor * norm.astype(np.float64)
     if spec.weight == "bsr" and spec.activation_dtype == "int8":
         value = quantise_activations(value)
+    elif spec.weight == "bsr" and spec.activation_dtype == "int16":
+        value = quantise_tokens(value)
     y = value @ weight.astype(np.float64).T
     if bias is not None:
         y = y + bias

@@ -10,7 +10,7 @@ from gqsa_compiler.errors import CompileError
 from gqsa_compiler.limits import BITS, GROUP_SIZES
 
 WeightKind = Literal["bsr", "dense"]
-ActivationDtype = Literal["float32", "int8"]
+ActivationDtype = Literal["float32", "int16", "int8"]
 Activation = Literal["silu", "gelu", "gelu_tanh", "relu"]
 
 ACTIVATION_BLOCK = 8
@@ -71,8 +71,9 @@ class LinearSpec:
     symmetric : bool
         BSR without stored zero points.
     activation_dtype : str
-        ``float32``, or ``int8``: inputs are quantised per token and block of 8 columns
-        (`ACTIVATION_BLOCK`) on the fly, after the norm. Dense layers ignore it and use float32.
+        ``float32``; ``int16``: inputs are quantised per token on the fly, after the norm; ``int8``:
+        per token and block of 8 columns (`ACTIVATION_BLOCK`). Dense layers ignore it and use
+        float32.
     norm_eps : float or None
         When set, the input is RMS-normalised first, with operand ``norm`` float32 [K]:
         ``x * rsqrt(mean(x^2) + eps) * norm``.

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-from gqsa_compiler.errors import CompileError
+from gqsa_compiler.errors import CompileError, UsageError
 from gqsa_compiler.schedules.generic.bsr import GenericBsrInt2, GenericBsrInt4, GenericBsrInt8
 from gqsa_compiler.schedules.generic.dense import GenericDense
 from gqsa_compiler.schedules.rule import KernelConfig, ScheduleRule
-from gqsa_compiler.schedules.spec import LinearSpec
+from gqsa_compiler.schedules.spec import ActivationDtype, LinearSpec
+from gqsa_compiler.schedules.x86.bsr import X86BsrInt2, X86BsrInt4, X86BsrInt8
 from gqsa_compiler.targets import TargetSpec
 
 
@@ -25,7 +26,38 @@ def rules_for(target: TargetSpec) -> tuple[ScheduleRule[Any], ...]:
             f"There are no kernels for target {target.name} (code generator {target.kind}); "
             "choose a CPU target."
         )
-    return (GenericBsrInt2(), GenericBsrInt4(), GenericBsrInt8(), GenericDense())
+    rules: tuple[ScheduleRule[Any], ...] = ()
+    if _x86(target):
+        rules = (X86BsrInt2(), X86BsrInt4(), X86BsrInt8())
+    return (*rules, GenericBsrInt2(), GenericBsrInt4(), GenericBsrInt8(), GenericDense())
+
+
+def default_activations(target: TargetSpec) -> ActivationDtype:
+    """Return what compressed layers' inputs are rounded to unless something else is asked for.
+
+    16-bit integers lose next to nothing (7e-4 of SmolLM2-135M's logits), so they are taken where
+    there are kernels for them.
+    """
+    return "int16" if _x86(target) else "float32"
+
+
+def check_activations(dtype: ActivationDtype, target: TargetSpec) -> None:
+    """Check that compressed layers can run with such inputs on a target.
+
+    Raises
+    ------
+    UsageError
+        They cannot.
+    """
+    if dtype == "int16" and not _x86(target):
+        raise UsageError(
+            f"There are no kernels with int16 activations for target {target.name}; they need an "
+            "x86-64 with AVX2. Choose float32 or int8."
+        )
+
+
+def _x86(target: TargetSpec) -> bool:
+    return "avx2" in target.features
 
 
 def select(spec: LinearSpec, target: TargetSpec) -> tuple[ScheduleRule[Any], KernelConfig]:

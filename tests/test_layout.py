@@ -24,7 +24,7 @@ _SCHEDULES = _CHECKPOINT | {"schedules"}
 _PASSES = _SCHEDULES | {"passes"}
 _MODELS = _SCHEDULES | {"models"}
 _FRONTENDS = _PASSES | {"models", "frontends"}
-_VERBS = _FRONTENDS | {"compress", "compile", "evaluate", "bench", "inspect", "runtime"}
+_VERBS = _FRONTENDS | {"compress", "compile", "evaluate", "bench", "profile", "inspect", "runtime"}
 MAY_IMPORT = {
     "runtime": set(),
     "errors": {"runtime"},
@@ -43,11 +43,14 @@ MAY_IMPORT = {
     "models": _SCHEDULES,
     "frontends": _PASSES | {"models"},
     "report": _PASSES | {"runtime"},
-    "artefact": _FRONTENDS | {"runtime", "_child"},
+    "head": {"checkpoint", "limits"},
+    "artefact": _FRONTENDS | {"runtime", "_child", "head"},
     "compress": _FRONTENDS | {"bandwidth"},
-    "compile": _FRONTENDS | {"artefact", "compress", "report", "runtime"},
+    "compile": _FRONTENDS | {"artefact", "compress", "head", "report", "runtime"},
     "evaluate": _FRONTENDS | {"runtime"},
-    "bench": {"errors", "bandwidth", "progress", "runtime"},
+    "bench": {"errors", "bandwidth", "profile", "progress", "runtime"},
+    "profile": {"progress", "runtime", "trace"},
+    "trace": {"errors", "runtime"},
     "inspect": {"errors", "checkpoint", "frontends", "models", "runtime"},
     "cli": _VERBS,
     "__init__": {"errors", "compile", "compress", "runtime"},
@@ -64,6 +67,8 @@ LIGHT = {
     "units": set(),
     "checkpoint": {"numpy", "ml_dtypes", "safetensors"},
     "bench": {"numpy"},
+    "profile": set(),
+    "trace": set(),
     "inspect": set(),
     "__init__": set(),
 }

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from gqsa_compiler.cli import options
 from gqsa_compiler.cli.command import command
-from gqsa_compiler.cli.console import emit_json, progress, show_settings
+from gqsa_compiler.cli.console import emit_json, emit_table, note, progress, show_settings
 from gqsa_compiler.cli.paths import require_artefact
 from gqsa_compiler.units import bytes_text
+
+if TYPE_CHECKING:
+    from gqsa_compiler.profile import PhaseProfile
 
 
 @command
@@ -20,6 +23,9 @@ def bench(
     gen: Annotated[int, typer.Option(min=2, help="Tokens to generate after it.")] = 64,
     repeats: Annotated[int, typer.Option(min=1, help="Timed runs, after one that is not.")] = 5,
     threads: options.Threads = None,
+    profile: Annotated[
+        bool, typer.Option("--profile", help="Also print where the time goes, by kernel.")
+    ] = False,
     no_verify: options.NoVerify = False,
     json: options.Json = False,
     verbose: options.Verbose = False,
@@ -34,6 +40,7 @@ def bench(
             "gen": f"{gen} tokens",
             "repeats": repeats,
             "threads": threads,
+            "profile": profile or None,
         },
     )
     from gqsa_compiler.bench import bench_artefact
@@ -46,6 +53,7 @@ def bench(
             repeats=repeats,
             threads=threads,
             verify=not no_verify,
+            profile=profile,
             progress=report_progress,
         )
     if json:
@@ -63,3 +71,34 @@ def bench(
         ("threads", str(result.threads)),
     ):
         print(f"{name:<13}{value}")
+    if result.profile is not None:
+        _print_phase("a decoded token", result.profile.decode)
+        _print_phase(f"a prompt of {result.prompt} tokens", result.profile.prefill)
+
+
+def _print_phase(what: str, phase: PhaseProfile) -> None:
+    from rich.table import Table
+
+    rates = any(line.bytes_per_second is not None for line in phase.lines)
+    table = Table(what, "kernel", box=None)
+    for heading in ("sparsity", "calls", "us", "share", "GB/s")[: 5 if rates else 4]:
+        table.add_column(heading, justify="right")
+    for line in phase.lines:
+        rate = line.bytes_per_second
+        cells = [
+            line.name if line.n is None else f"{line.name} {line.n} x {line.k}",
+            line.kernel or "",
+            f"{line.sparsity:.0%}" if line.sparsity else "",
+            "" if line.kind == "rest" else f"{line.calls:g}",
+            f"{line.microseconds:.1f}",
+            f"{line.share:.1%}",
+            "" if rate is None else f"{rate / 1e9:.2f}",
+        ]
+        table.add_row(*cells[: 7 if rates else 6])
+    table.add_row("all, not profiled", "", "", "", f"{phase.microseconds:.1f}", f"{1:.1%}")
+    print()
+    emit_table(table)
+    more = phase.profiled_microseconds / phase.microseconds - 1
+    print(f"(profiled: {phase.profiled_microseconds:.1f} us, {more:+.0%})")
+    if phase.lines[-1].microseconds < 0:
+        note("The kernels' times exceed the unprofiled time: the machine is busy with other work.")

@@ -45,9 +45,16 @@ def compile_(
         int, typer.Option(min=1, help="Prompt tokens taken in one step.")
     ] = 512,
     activations: Annotated[
-        Literal["float32", "int8"],
-        typer.Option(help="float32: exact. int8: rounds the layers' inputs, and is slower today."),
-    ] = "float32",
+        Literal["auto", "float32", "int16", "int8"],
+        typer.Option(
+            help="What sparse layers round their inputs to; auto: int16 where there are kernels "
+            "for it (x86-64 with AVX2), else float32."
+        ),
+    ] = "auto",
+    head: Annotated[
+        Literal["int8", "stored"],
+        typer.Option(help="The language-model head of a compressed model: 8 bits, or as stored."),
+    ] = "int8",
     bundle: Annotated[
         bool,
         typer.Option("--bundle", help="Add TVM's runtime libraries (8 MB): no TVM is needed then."),
@@ -80,6 +87,7 @@ def compile_(
             "max batch": max_batch,
             "prefill chunk": prefill_chunk,
             "activations": activations,
+            "head": head,
             "bundle": bundle,
             "no fallback": no_fallback,
             "debug dump": debug_dump,
@@ -98,6 +106,7 @@ def compile_(
         prefill_chunk=prefill_chunk,
         max_batch=max_batch,
         activations=activations,
+        head=head,
         bundle=bundle,
         no_fallback=no_fallback,
         debug_dump=debug_dump,

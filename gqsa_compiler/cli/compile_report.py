@@ -9,6 +9,7 @@ from gqsa_compiler.units import bytes_text, seconds_text
 
 _KINDS = {
     "compressed": "sparse INT4 layers",
+    "head": "language-model head, 8 bits",
     "dense_linear": "dense linear layers",
     "tables": "embedding and RoPE tables",
     "other": "norms, biases, tables",

@@ -82,6 +82,13 @@ class ImportedModel:
     _config: DecoderConfig
     _definition: CausalLM
 
+    @property
+    def head(self) -> str:
+        """Name of the parameter that the language-model head multiplies with."""
+        if not self._config.tie_word_embeddings:
+            return "lm_head.weight"
+        return next(name for name in self.params if name.endswith("embed_tokens.weight"))
+
     def load(self, name: str) -> npt.NDArray[Any]:
         """Read or compute one parameter.
 

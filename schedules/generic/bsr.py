@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any, ClassVar
 
 import numpy as np
 import numpy.typing as npt
 
-from gqsa_compiler._tvm import B
 from gqsa_compiler.checkpoint import BSRLayer
 from gqsa_compiler.schedules.generic.bsr_dot import Weights, row_sums
 from gqsa_compiler.schedules.generic.config import (
@@ -17,11 +17,10 @@ from gqsa_compiler.schedules.generic.config import (
     default_config,
     has_native_half,
 )
-from gqsa_compiler.schedules.generic.emit import Expr, int64, load, local
-from gqsa_compiler.schedules.generic.epilogue import Outputs
 from gqsa_compiler.schedules.generic.function import Arguments, kernel
 from gqsa_compiler.schedules.generic.layout import BsrLayout, pack_bsr, units_of
 from gqsa_compiler.schedules.generic.prologue import Inputs, prepare_one, prepare_tiles
+from gqsa_compiler.schedules.generic.tasks import emit_tasks
 from gqsa_compiler.schedules.generic.tiles import TilePlan
 from gqsa_compiler.schedules.rule import ScheduleRule
 from gqsa_compiler.schedules.spec import LinearSpec, ParamSpec
@@ -41,7 +40,12 @@ class GenericBsr(ScheduleRule[GenericConfig]):
 
     def applies(self, spec: LinearSpec, target: TargetSpec) -> bool:
         """Say whether this kernel can run `spec` on `target`."""
-        return spec.weight == "bsr" and spec.bits in self.bits and target.kind == "llvm"
+        return (
+            spec.weight == "bsr"
+            and spec.bits in self.bits
+            and spec.activation_dtype != "int16"
+            and target.kind == "llvm"
+        )
 
     def space(self, spec: LinearSpec, target: TargetSpec) -> Sequence[GenericConfig]:
         """List the configurations worth trying; the first is the default."""
@@ -74,38 +78,13 @@ class GenericBsr(ScheduleRule[GenericConfig]):
                 args.params.get("meta"),
                 args.params.get("row_starts"),
             )
-            outputs = Outputs(spec, args.tokens, args.bias, args.residual, args.out)
-            task_units = args.params["task_units"]
 
-            def units(inputs: Inputs, task: Expr, token: Expr, tile: int) -> None:
-                start = B.bind(int64(load(task_units, task)))
-                end = B.bind(int64(load(task_units, task + int64(1))))
-                with B.serial(int64(0), end - start) as i:
-                    unit_sums(inputs, B.bind(start + i), token, tile)
+            def prepare(plan: TilePlan | None) -> Inputs:
+                if plan is None:
+                    return prepare_one(spec, args.x, args.norm, config.lanes)
+                return prepare_tiles(spec, args.x, args.norm, plan, args.tokens, config.lanes)
 
-            def unit_sums(inputs: Inputs, unit: Expr, token: Expr, tile: int) -> None:
-                rows = 2 if spec.epilogue.gated else 1
-                sums = local(rows * tile)
-                with B.serial(int64(0), int64(rows)) as half:
-                    row = B.bind(unit * int64(rows) + half)
-                    row_sums(weights, inputs, row, token, tile, sums, half * int64(tile))
-                outputs.finish(sums, 0, unit, token, tile)
-
-            with B.If(args.tokens == int64(1)):
-                with B.Then():
-                    inputs = prepare_one(spec, args.x, args.norm, config.lanes)
-                    with B.parallel(int64(0), int64(config.tasks)) as task:
-                        units(inputs, task, int64(0), 1)
-                with B.Else():
-                    plan = TilePlan.of(args.tokens, config.tiles)
-                    inputs = prepare_tiles(spec, args.x, args.norm, plan, args.tokens, config.lanes)
-                    with B.parallel(int64(0), int64(config.tasks)) as task:
-                        with B.serial(int64(0), plan.full) as i:
-                            units(inputs, task, B.bind(i * int64(plan.big)), plan.big)
-                        for below, tile in zip((0, *plan.sizes), plan.sizes[:-1], strict=False):
-                            wanted = B.And(plan.rest > int64(below), plan.rest <= int64(tile))
-                            with B.If(wanted), B.Then():
-                                units(inputs, task, plan.start, tile)
+            emit_tasks(spec, config, args, prepare, partial(row_sums, weights))
 
         # `code_key` leaves the number of groups out, so their tensors have any length.
         full = BsrLayout.of(spec, config).full

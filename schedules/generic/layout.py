@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -148,6 +148,34 @@ def pack_bsr(
     CompileError
         The layers do not have the shape, bits, group size or number of groups `spec` says.
     """
+    layout = BsrLayout.of(spec, config)
+
+    def encode(source: npt.NDArray[np.int64]) -> Array:
+        codes = np.concatenate([_codes(p, spec, layout) for p in parts])[source]
+        return _spare(codes).reshape(-1)
+
+    return pack_parts(spec, config, parts, encode)
+
+
+def pack_parts(
+    spec: LinearSpec,
+    config: GenericConfig,
+    parts: Sequence[BSRLayer],
+    encode: Callable[[npt.NDArray[np.int64]], Array],
+) -> dict[str, Array]:
+    """Pack folded layers, with codes in an order of the caller's.
+
+    Parameters
+    ----------
+    encode : callable
+        Takes, for every stored group, its number among those of all parts; returns the codes,
+        uint8 [(nnz + BLOCK) G bits / 8].
+
+    Raises
+    ------
+    CompileError
+        The layers do not have the shape, bits, group size or number of groups `spec` says.
+    """
     _check_parts(spec, parts)
     layout = BsrLayout.of(spec, config)
     counts = np.concatenate([np.diff(p.indptr) for p in parts]).astype(np.int64)
@@ -158,9 +186,8 @@ def pack_bsr(
     # Where each stored group comes from: its row's first group plus its place in the row.
     source = np.repeat(starts[rows] - new_starts[:-1], counts) + np.arange(spec.nnz)
 
-    codes = np.concatenate([_codes(p, spec, layout) for p in parts])[source]
     packed: dict[str, Array] = {
-        "codes": _spare(codes).reshape(-1),
+        "codes": encode(source),
         "scales": _spare(np.concatenate([p.scales for p in parts])[source]),
     }
     if layout.meta is not None:

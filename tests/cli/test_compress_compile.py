@@ -85,7 +85,7 @@ def test_compile_reports_runs_and_agrees_with_the_checkpoint(
 
     print_report(report)
     out = capfd.readouterr().out
-    for words in ("sparse INT4 layers", "bits a weight", "read to decode a token", "stayed dense"):
+    for words in ("sparse INT4 layers", "bits a weight", "read to decode a token", "head, 8 bits"):
         assert words in out
     for kernel in report["kernel_counts"]:
         assert kernel in out
@@ -95,7 +95,7 @@ def test_compile_reports_runs_and_agrees_with_the_checkpoint(
     eval_words = ("--text", text, "--context", "48", "--json")
     scores = gqsa("eval", artefact, "--reference", checkpoint, *eval_words).json
     assert scores["perplexity"] == pytest.approx(scores["reference_perplexity"], rel=5e-3)
-    assert scores["kl_divergence"] < 1e-4
+    assert scores["kl_divergence"] < 1e-3
     alone = gqsa("eval", checkpoint, *eval_words).json
     assert alone["perplexity"] == pytest.approx(scores["reference_perplexity"], rel=1e-6)
 
@@ -106,7 +106,7 @@ def test_compile_reports_runs_and_agrees_with_the_checkpoint(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("target", ["x86-64-v3", "x86-64-v4"])
-@pytest.mark.parametrize("activations", ["float32", "int8"])
+@pytest.mark.parametrize("activations", ["float32", "int16", "int8"])
 def test_other_targets_run_here(
     gqsa: Gqsa, checkpoint: Path, tmp_path: Path, target: str, activations: str
 ) -> None:
@@ -121,7 +121,7 @@ def test_other_targets_run_here(
     scores = gqsa(
         *("eval", artefact, "--reference", checkpoint, "--text", text, "--context", "48", "--json")
     ).json
-    assert scores["kl_divergence"] < (1e-4 if activations == "float32" else 5e-2)
+    assert scores["kl_divergence"] < (5e-2 if activations == "int8" else 1e-3)
 
 
 def test_gqsa_compile_fails_as_the_verb_does(capfd: pytest.CaptureFixture[str]) -> None:

@@ -98,6 +98,36 @@ def test_bench_table(gqsa: Gqsa, toy_artefact: Path) -> None:
     assert "peak memory" in done.out
 
 
+def test_bench_profile(gqsa: Gqsa, toy_artefact: Path) -> None:
+    words = ("bench", toy_artefact, "--prompt", "8", "--gen", "4", "--repeats", "2")
+    assert "profile" not in gqsa(*words, "--json").json
+    done = gqsa(*words, "--profile", "--json")
+    assert done.code == 0
+    assert set(done.json["profile"]) == {"decode", "prefill"}
+    for phase, tokens in (("decode", 1), ("prefill", 8)):
+        found = done.json["profile"][phase]
+        assert found["tokens"] == tokens
+        assert found["profiled_microseconds"] > 0
+        assert found["lines"][-1]["kind"] == "rest"
+        assert sum(x["microseconds"] for x in found["lines"]) == pytest.approx(
+            found["microseconds"]
+        )
+        assert sum(x["share"] for x in found["lines"]) == pytest.approx(1)
+    table = gqsa(*words, "--profile")
+    for text in ("a decoded token", "a prompt of 8 tokens", "attention with KV cache", "sampling"):
+        assert text in table.out
+    assert table.out.count("all, not profiled") == 2
+
+
+def test_bench_profile_of_code_that_reports_no_calls(
+    gqsa: Gqsa, toy_artefact: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("gqsa_compiler.runtime.engine.Session.set_instrument", lambda *_: None)
+    done = gqsa("bench", toy_artefact, "--prompt", "8", "--gen", "2", "--profile")
+    assert done.code == 1
+    assert "does not report its calls, so it cannot be profiled" in done.error
+
+
 def test_bench_beyond_the_context(gqsa: Gqsa, toy_artefact: Path) -> None:
     done = gqsa("bench", toy_artefact, "--prompt", "90", "--gen", "20")
     assert done.code == 2

@@ -17,6 +17,8 @@ from gqsa_compiler import compile as gqsa_compile
 from gqsa_compiler import runtime
 from gqsa_compiler.errors import CompileError, UsageError
 from gqsa_compiler.runtime.manifest import Manifest
+from gqsa_compiler.schedules.table import default_activations
+from gqsa_compiler.targets import parse_target
 from tests.tiny_checkpoints import make_checkpoint
 from tests.tiny_models import make_tiny
 
@@ -72,15 +74,28 @@ def test_the_artefact_is_whole(artefact: Path) -> None:
 def test_the_report_accounts_for_every_layer(artefact: Path) -> None:
     report = json.loads((artefact / "report.json").read_text())
     # Two layers of qkv, o, gate+up and down, and the tied head.
-    assert report["kernel_counts"] == {"generic.bsr_int4": 8, "generic.dense": 1}
-    assert [f["layer"] for f in report["fallbacks"]] == ["model.embed_tokens"]
-    assert report["fallbacks"][0]["by_choice"]
+    kind = "x86" if default_activations(parse_target("cpu")) == "int16" else "generic"
+    assert report["kernel_counts"] == {f"{kind}.bsr_int4": 8, f"{kind}.bsr_int8": 1}
+    assert report["fallbacks"] == []
     assert 0.2 < np.mean([k["sparsity"] for k in report["kernels"][:-1]]) < 0.6
     assert 3 < report["bits_per_weight"] < 6
     kinds = report["bytes_by_kind"]
-    # A tied embedding is the head; what is left of the tables is RoPE's, of which one row is read.
-    assert kinds["tables"] == 256 * 16 * 4
-    assert report["bytes_per_token"] == sum(kinds.values()) - kinds["tables"] + 16 * 4
+    # One row each is read of RoPE's table and of the embedding, whose rounded copy the head reads.
+    rope, row = 256 * 16 * 4, 64 * 4
+    assert kinds["tables"] == rope + 320 * row
+    assert report["bytes_per_token"] == sum(kinds.values()) - kinds["tables"] + 16 * 4 + row
+
+
+def test_the_head_stays_as_it_is_stored_if_that_is_asked_for(
+    checkpoint: Path, tmp_path: Path
+) -> None:
+    report = gqsa_compile(str(checkpoint), tmp_path / "stored", head="stored")
+    assert report.kernel_counts["generic.dense"] == 1
+    assert [f.layer for f in report.fallbacks] == ["model.embed_tokens"]
+    assert report.fallbacks[0].by_choice
+    # A tied embedding is the head; what is left of the tables is RoPE's.
+    assert report.bytes_by_kind["tables"] == 256 * 16 * 4
+    assert report.bytes_by_kind["head"] == 0
 
 
 def test_the_dump_has_a_module_for_each_phase(artefact: Path) -> None:

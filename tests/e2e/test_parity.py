@@ -12,11 +12,16 @@ from gqsa_compiler import compile as gqsa_compile
 from gqsa_compiler import runtime
 from gqsa_compiler.frontends.source import resolve
 from gqsa_compiler.frontends.torch_model import load_checkpoint_dense
+from gqsa_compiler.schedules.table import default_activations
+from gqsa_compiler.targets import parse_target
 from tests.tiny_checkpoints import make_checkpoint
 from tests.tiny_models import FAMILIES, VOCAB_SIZE, make_tiny
 
-TOLERANCE = {"float32": 2e-3, "int8": 2e-2}
+TOLERANCE = {"float32": 2e-3, "int16": 4e-3, "int8": 2e-2}
 CHUNK = 16
+X86 = pytest.mark.skipif(
+    default_activations(parse_target("cpu")) != "int16", reason="int16 needs an x86-64 with AVX2"
+)
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
@@ -39,13 +44,21 @@ def relative_error(ours: np.ndarray, theirs: np.ndarray) -> float:
     return float(np.linalg.norm(ours - theirs) / np.linalg.norm(theirs))
 
 
-@pytest.mark.parametrize("activations", ["float32", "int8"])
+@pytest.mark.parametrize(
+    "activations",
+    ["float32", pytest.param("int16", marks=X86), pytest.param("int8", marks=pytest.mark.slow)],
+)
 def test_logits_and_greedy_text_agree_with_pytorch(
     checkpoint: Path, reference: torch.nn.Module, activations: str
 ) -> None:
     output = checkpoint.parent / activations
     gqsa_compile(
-        str(checkpoint), output, activations=activations, prefill_chunk=CHUNK, context_length=128
+        str(checkpoint),
+        output,
+        activations=activations,
+        head="stored",
+        prefill_chunk=CHUNK,
+        context_length=128,
     )
     # Longer than a chunk and than every family's window.
     tokens = np.random.default_rng(0).integers(3, VOCAB_SIZE, 3 * CHUNK + 5)
@@ -65,6 +78,24 @@ def test_logits_and_greedy_text_agree_with_pytorch(
                 ).token_ids
                 assert len(ours) == 64
                 assert list(ours) == greedy(reference, prompt, 64)
+
+
+def test_the_default_rounds_the_head_to_8_bits(
+    checkpoint: Path, reference: torch.nn.Module
+) -> None:
+    if checkpoint.parent.name.rstrip("0123456789") not in ("llama", "opt"):
+        pytest.skip("one tied and one untied head will do")
+    output = checkpoint.parent / "default"
+    report = gqsa_compile(str(checkpoint), output, prefill_chunk=CHUNK, context_length=128)
+    assert report.kernels[-1].weight == "bsr-int8"
+    assert report.bytes_by_kind["head"] == report.kernels[-1].bytes
+    assert not report.fallbacks
+    tokens = np.random.default_rng(0).integers(3, VOCAB_SIZE, 2 * CHUNK)
+    with torch.inference_mode():
+        expected = reference(torch.tensor(tokens)[None]).logits[0].numpy()
+    with runtime.load(output) as model:
+        logits = np.concatenate([block.copy() for block in model.score(tokens)])
+    assert relative_error(logits, expected) < 1e-2
 
 
 def perplexity(logits: np.ndarray, tokens: np.ndarray) -> float:

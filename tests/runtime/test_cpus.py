@@ -67,6 +67,30 @@ def test_a_container_s_quota(four_twins: Path, text: str, threads: int) -> None:
     assert default_threads(four_twins) == threads
 
 
+@pytest.mark.parametrize(
+    ("files", "group", "threads"),
+    [
+        ({"a/cpu.max": "300000 100000", "a/b/cpu.max": "max 100000"}, "0::/a/b", 3),
+        ({"a/cpu.max": "300000 100000", "a/b/cpu.max": "90000 100000"}, "0::/a/b", 1),
+        ({"cpu/cpu.cfs_quota_us": "200000", "cpu/cpu.cfs_period_us": "100000"}, "1:cpu:/x", 2),
+        ({"cpu/x/cpu.cfs_quota_us": "250000", "cpu/x/cpu.cfs_period_us": "100000"},
+         "3:cpuset:/y\n1:cpu,cpuacct:/x", 3),
+        ({"cpu/cpu.cfs_quota_us": "-1", "cpu/cpu.cfs_period_us": "100000"}, "1:cpu:/", 4),
+        ({"cpu/y/cpu.cfs_quota_us": "100000", "cpu/y/cpu.cfs_period_us": "100000"}, "1:cpu:/x", 4),
+    ],
+)  # fmt: skip
+def test_quotas_of_control_groups(
+    four_twins: Path, files: dict[str, str], group: str, threads: int
+) -> None:
+    """Both versions, and limits of the groups around ours; those of other groups are not ours."""
+    for name, text in files.items():
+        path = four_twins / "fs/cgroup" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(f"{text}\n")
+    (four_twins / "cgroup").write_text(f"{group}\n")
+    assert default_threads(four_twins, four_twins / "cgroup") == threads
+
+
 def test_a_system_that_tells_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0, 5})
     assert allowed_cpus(tmp_path) == [0, 5]

@@ -3,6 +3,7 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import pytest
@@ -192,7 +193,7 @@ def test_smaller_limits(model: Model, expected: np.ndarray) -> None:
 
 @pytest.mark.parametrize("threads", range(1, 1 + min(4, len(os.sched_getaffinity(0)))))
 def test_threads_are_the_session_s_own(model: Model, threads: int) -> None:
-    """Each session has its own pool, whatever others in the process have."""
+    """Each session has as many as it asked for, whatever others in the process have."""
     before = os.sched_getaffinity(0)
     session = model.session(threads=threads)
     count = session._on_thread(tvm_ffi.get_global_func("runtime.NumThreads"))
@@ -220,6 +221,28 @@ def test_two_python_threads_share_a_session(session: Session, expected: np.ndarr
         worker.join()
     for start, rows in results.items():
         np.testing.assert_allclose(rows, expected[start - 1 : start + 20], **EXACT)
+
+
+def test_an_instrument_sees_every_call(session: Session, expected: np.ndarray) -> None:
+    """Before and after, on the session's thread, with the weights that it reads."""
+    seen: list[tuple[str, bool, int]] = []
+    read: set[int] = set()
+
+    def look(function: object, name: str, before: bool, result: object, *arguments: Any) -> None:
+        seen.append((name, before, threading.get_ident()))
+        read.update(a.data_ptr() for a in arguments if isinstance(a, tvm_ffi.Tensor))
+
+    session.set_instrument(look)
+    sequence = session.add()
+    np.testing.assert_allclose(session.prefill(sequence, TEXT[:9]), expected[8], **EXACT)
+    np.testing.assert_allclose(session.decode([sequence], [TEXT[9]])[0], expected[9], **EXACT)
+    assert {thread for _, _, thread in seen} == {session._on_thread(threading.get_ident)}
+    before = [name for name, before, _ in seen if before]
+    assert len(before) * 2 == len(seen)
+    attention = "vm.builtin.attention_kv_cache_attention_with_fused_qkv"
+    assert before.count(attention) == 2 * toy.LAYERS
+    assert read >= set(session.parameter_addresses.values())
+    assert "head.weight" in session.parameter_addresses
 
 
 def test_a_failing_pass_leaves_the_session_usable(session: Session, expected: np.ndarray) -> None:

@@ -15,7 +15,7 @@ from gqsa_compiler.checkpoint import pack_codes
 from gqsa_compiler.limits import BITS
 from gqsa_compiler.schedules import reference
 from gqsa_compiler.schedules.rule import ScheduleRule
-from gqsa_compiler.schedules.spec import Epilogue, LinearSpec
+from gqsa_compiler.schedules.spec import ActivationDtype, Epilogue, LinearSpec
 from gqsa_compiler.targets import parse_target
 from tests.schedules.linear_cases import (
     HOST,
@@ -54,6 +54,27 @@ CASES: dict[str, tuple[int, int, int, dict[str, Any]]] = {
     "gelu": (8, 4, 16, {"epilogue": Epilogue(activation="gelu", residual=True)}),
     "relu_bias": (8, 4, 16, {"epilogue": Epilogue(bias=True, activation="relu")}),
     "one_row": (1, 1, 16, {"epilogue": Epilogue(residual=True)}),
+    "plain_int16": (37, 13, 16, {"activation_dtype": "int16"}),
+    "g8_int16_norm": (11, 21, 8, {"norm_eps": 1e-5, "activation_dtype": "int16"}),
+    "g32_int16": (7, 5, 32, {"activation_dtype": "int16"}),
+    "g64_int16": (9, 3, 64, {"activation_dtype": "int16"}),
+    "g256_int16_bias": (
+        70,
+        2,
+        256,
+        {"epilogue": Epilogue(bias=True), "activation_dtype": "int16"},
+    ),
+    "gated_all_int16": (
+        38,
+        40,
+        16,
+        {
+            "norm_eps": 1e-5,
+            "epilogue": Epilogue(bias=True, activation="silu", gated=True, residual=True),
+            "activation_dtype": "int16",
+        },
+    ),
+    "one_row_int16": (1, 1, 16, {"activation_dtype": "int16"}),
 }
 pytestmark = pytest.mark.parametrize(
     "rule",
@@ -68,10 +89,24 @@ pytestmark = pytest.mark.parametrize(
 def bits_of(rule: ScheduleRule[Any]) -> list[int]:
     """List the bits of the codes that a rule runs."""
     spec = LinearSpec(4, 64, "bsr", "int4", 16, 7)
-    return [b for b in BITS if rule.applies(replace(spec, weight_dtype=f"int{b}"), HOST)]
+    dtypes: tuple[ActivationDtype, ...] = ("float32", "int16")
+    return [
+        bits
+        for bits in BITS
+        if any(
+            rule.applies(replace(spec, weight_dtype=f"int{bits}", activation_dtype=dtype), HOST)
+            for dtype in dtypes
+        )
+    ]
 
 
-ALL_TILES = ("plain", "plain_int8", "gated_all")
+def exact_dtype(rule: ScheduleRule[Any]) -> ActivationDtype:
+    """Return the activations that a rule loses least with."""
+    spec = LinearSpec(4, 64, "bsr", f"int{bits_of(rule)[0]}", 16, 7)
+    return "float32" if rule.applies(spec, HOST) else "int16"
+
+
+ALL_TILES = ("plain", "plain_int8", "gated_all", "plain_int16", "gated_all_int16")
 FEW_TILES = (2, 4)
 TOKENS = st.sampled_from([1, 2, 3, 4, 5, 8, 9, 12, 13, 16, 17, 24, 25, 31, 33, 64, 65])
 
@@ -122,10 +157,11 @@ def test_any_shape(
     keep = random_keep((n, groups), rng, 0.6)
     layer = random_layer(keep, size, rng, symmetric=symmetric, bits=bits)
     x = rng.standard_normal((m, layer.shape[1])).astype(np.float32)
-    check(rule, spec_of(layer), [layer], x, rng, (8,))
+    spec = spec_of(layer, activation_dtype=exact_dtype(rule))
+    check(rule, spec, [layer], x, rng, (8,))
 
 
-@pytest.mark.parametrize("activation_dtype", ["float32", "int8"])
+@pytest.mark.parametrize("activation_dtype", ["float32", "int8", "int16"])
 @pytest.mark.parametrize("symmetric", [False, True])
 @pytest.mark.parametrize("m", [1, 7, 20])
 def test_all_groups_kept(
@@ -139,7 +175,7 @@ def test_all_groups_kept(
         check(rule, spec, [layer], x, rng, FEW_TILES)
 
 
-@pytest.mark.parametrize("activation_dtype", ["float32", "int8"])
+@pytest.mark.parametrize("activation_dtype", ["float32", "int8", "int16"])
 @pytest.mark.parametrize("m", [1, 7])
 @pytest.mark.parametrize("size", [8, 32])
 def test_the_largest_codes_and_activations(
@@ -163,7 +199,7 @@ def test_the_largest_codes_and_activations(
         check(rule, spec, [layer], x, rng, FEW_TILES)
 
 
-@pytest.mark.parametrize("activation_dtype", ["float32", "int8"])
+@pytest.mark.parametrize("activation_dtype", ["float32", "int8", "int16"])
 @pytest.mark.parametrize("symmetric", [False, True])
 @pytest.mark.parametrize("m", [1, 7])
 def test_every_bits(
@@ -178,7 +214,7 @@ def test_every_bits(
         check(rule, spec, [layer], x, rng, FEW_TILES)
 
 
-@pytest.mark.parametrize("activation_dtype", ["float32", "int8"])
+@pytest.mark.parametrize("activation_dtype", ["float32", "int8", "int16"])
 @pytest.mark.parametrize("scales", [(6e-8, 1e-6), (1e4, 6e4), (6e-8, 6e4)])
 def test_extreme_scales(
     rule: ScheduleRule[Any], activation_dtype: str, scales: tuple[float, float]
@@ -191,7 +227,7 @@ def test_extreme_scales(
         check(rule, spec_of(layer, activation_dtype=activation_dtype), [layer], x, rng)
 
 
-@pytest.mark.parametrize("activation_dtype", ["float32", "int8"])
+@pytest.mark.parametrize("activation_dtype", ["float32", "int8", "int16"])
 def test_a_single_group_in_all_and_zero_activations(
     rule: ScheduleRule[Any], activation_dtype: str
 ) -> None:
@@ -212,7 +248,8 @@ def test_folded_layers_one_of_them_symmetric(rule: ScheduleRule[Any], m: int) ->
         random_layer(random_keep((16, 4), rng, 0.5), 16, rng, symmetric=symmetric, bits=bits)
         for symmetric in (False, True)
     ]
-    fields = spec_of(parts[0], epilogue=GATED).__dict__
+    dtype = exact_dtype(rule)
+    fields = spec_of(parts[0], epilogue=GATED, activation_dtype=dtype).__dict__
     nnz = sum(p.nnz for p in parts)
     spec = type(spec_of(parts[0]))(**{**fields, "n": 32, "nnz": nnz, "symmetric": False})
     x = rng.standard_normal((m, 64)).astype(np.float32)
@@ -228,7 +265,8 @@ def test_an_index_beyond_16_bits_with_its_zero_point(
     keep[:, 4999] = True
     layer = random_layer(keep, 8, rng, symmetric=symmetric, bits=bits_of(rule)[-1])
     x = rng.standard_normal((1, 40000)).astype(np.float32)
-    check(rule, spec_of(layer), [layer], x, rng, FEW_TILES)
+    spec = spec_of(layer, activation_dtype=exact_dtype(rule))
+    check(rule, spec, [layer], x, rng, FEW_TILES)
 
 
 @pytest.mark.parametrize("size", [8, 16, 64, 256])
@@ -258,13 +296,13 @@ def test_any_number_of_threads(rule: ScheduleRule[Any], threads: int) -> None:
     try:
         for m in (1, 30):
             x = rng.standard_normal((m, 208)).astype(np.float32)
-            check(rule, spec_of(layer), [layer], x, rng)
+            check(rule, spec_of(layer, activation_dtype=exact_dtype(rule)), [layer], x, rng)
     finally:
         configure(1, 0)
 
 
 @pytest.mark.skipif(HOST.arch != "x86_64", reason="this machine cannot run x86 code")
-@pytest.mark.parametrize("activation_dtype", ["float32", "int8"])
+@pytest.mark.parametrize("activation_dtype", ["float32", "int8", "int16"])
 @pytest.mark.parametrize(("lanes", "size"), [(4, 16), (4, 8), (8, 16), (8, 32), (16, 32)])
 def test_layouts_of_narrower_vectors(
     rule: ScheduleRule[Any], activation_dtype: str, lanes: int, size: int

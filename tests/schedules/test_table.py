@@ -6,10 +6,15 @@ from dataclasses import replace
 
 import pytest
 
-from gqsa_compiler.errors import CompileError
+from gqsa_compiler.errors import CompileError, UsageError
 from gqsa_compiler.limits import BITS
 from gqsa_compiler.schedules.spec import Epilogue, LinearSpec
-from gqsa_compiler.schedules.table import rules_for, select
+from gqsa_compiler.schedules.table import (
+    check_activations,
+    default_activations,
+    rules_for,
+    select,
+)
 from gqsa_compiler.targets import TARGET_NAMES, parse_target
 
 SPARSE = LinearSpec(64, 128, "bsr", "int4", 16, 100)
@@ -33,6 +38,22 @@ def test_the_default_configuration_is_the_first_of_the_space(spec: LinearSpec) -
     target = parse_target("cpu")
     rule, config = select(spec, target)
     assert config == rule.space(spec, target)[0]
+
+
+def test_int16_activations_have_kernels_on_x86_only() -> None:
+    sixteen = replace(SPARSE, activation_dtype="int16")
+    for name in TARGET_NAMES:
+        target = parse_target(name)
+        if "avx2" in target.features:
+            assert default_activations(target) == "int16"
+            check_activations("int16", target)
+            assert select(sixteen, target)[0].name == "x86.bsr_int4"
+        else:
+            assert default_activations(target) == "float32"
+            with pytest.raises(UsageError, match=f"int16 activations for target {name}"):
+                check_activations("int16", target)
+            with pytest.raises(CompileError, match="No kernel"):
+                select(sixteen, target)
 
 
 def test_a_target_without_kernels_is_refused() -> None:

@@ -1,0 +1,68 @@
+"""The threads that compiled code runs on.
+
+TVM keeps a pool of workers for each thread that calls it, so all calls of a session are made on one
+thread of ours, which pins nobody else's. Sessions with as many threads share it: two loaded models
+take turns on one pool, rather than fight for the cores with two.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, TypeVar
+from weakref import WeakValueDictionary
+
+from gqsa_compiler.runtime._ffi import tvm_ffi
+
+T = TypeVar("T")
+
+_SHARE_ALL_CORES = -3  # TVM's affinity mode: the workers share the CPUs that are listed
+
+_lock = threading.Lock()
+# Weak: sessions that nobody closed take their workers with them.
+_pools: WeakValueDictionary[tuple[int, ...], Workers] = WeakValueDictionary()
+
+
+class Workers:
+    """A calling thread with TVM's workers behind it; `share` gives one, `release` gives it back."""
+
+    def __init__(self, cpus: Sequence[int]) -> None:
+        self._executor = ThreadPoolExecutor(1, thread_name_prefix="gqsa-session")
+        self._users = 0
+        try:
+            configure = tvm_ffi.get_global_func("runtime.config_threadpool")
+            self.call(configure, _SHARE_ALL_CORES, len(cpus), [str(cpu) for cpu in cpus])
+        except BaseException:
+            self._executor.shutdown()
+            raise
+
+    @classmethod
+    def share(cls, cpus: Sequence[int]) -> Workers:
+        """Return the workers on these CPUs, one for each; made where there are none."""
+        key = _key(cpus)
+        with _lock:
+            workers = _pools.get(key) or cls(cpus)
+            _pools[key] = workers
+            workers._users += 1
+        return workers
+
+    def release(self) -> None:
+        """End the threads if nobody else has a share in them."""
+        with _lock:
+            self._users -= 1
+            if self._users:
+                return
+            for key in [key for key, workers in _pools.items() if workers is self]:
+                del _pools[key]
+        self._executor.shutdown()
+
+    def call(self, function: Callable[..., T], *args: Any) -> T:
+        """Call a function on the thread and wait for it."""
+        return self._executor.submit(function, *args).result()
+
+
+def _key(cpus: Sequence[int]) -> tuple[int, ...]:
+    # A forked child has the dictionary, but none of the threads.
+    return (os.getpid(), *cpus)

@@ -1,0 +1,72 @@
+"""The frame of a sparse linear layer: tasks over the threads, tiles of tokens, rows, epilogue."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TypeVar
+
+from gqsa_compiler._tvm import B
+from gqsa_compiler.schedules.generic.config import GenericConfig
+from gqsa_compiler.schedules.generic.emit import Buffer, Expr, int64, load, local
+from gqsa_compiler.schedules.generic.epilogue import Outputs
+from gqsa_compiler.schedules.generic.function import Arguments
+from gqsa_compiler.schedules.generic.tiles import TilePlan
+from gqsa_compiler.schedules.spec import LinearSpec
+
+Inputs = TypeVar("Inputs")
+RowSums = Callable[[Inputs, Expr, Expr, int, Buffer, Expr], None]
+"""``row_sums(inputs, row, token, tile, sums, at)`` emits the dot products of a stored row with
+the `tile` tokens from `token` on, into ``sums[at:at + tile]``."""
+
+
+def emit_tasks(
+    spec: LinearSpec,
+    config: GenericConfig,
+    args: Arguments,
+    prepare: Callable[[TilePlan | None], Inputs],
+    row_sums: RowSums[Inputs],
+    in_task: Callable[[Inputs], Inputs] = lambda inputs: inputs,
+) -> None:
+    """Emit a layer for any number of tokens: code for one, and for each size of tile.
+
+    Parameters
+    ----------
+    prepare : callable
+        Emits what happens to the activations first; None is one token.
+    row_sums : callable
+    in_task : callable
+        Emits what each task does first where there are several tokens; returns its inputs.
+    """
+    outputs = Outputs(spec, args.tokens, args.bias, args.residual, args.out)
+    task_units = args.params["task_units"]
+    rows = 2 if spec.epilogue.gated else 1
+
+    def units(inputs: Inputs, task: Expr, token: Expr, tile: int) -> None:
+        start = B.bind(int64(load(task_units, task)))
+        end = B.bind(int64(load(task_units, task + int64(1))))
+        with B.serial(int64(0), end - start) as i:
+            unit_sums(inputs, B.bind(start + i), token, tile)
+
+    def unit_sums(inputs: Inputs, unit: Expr, token: Expr, tile: int) -> None:
+        sums = local(rows * tile)
+        with B.serial(int64(0), int64(rows)) as half:
+            row = B.bind(unit * int64(rows) + half)
+            row_sums(inputs, row, token, tile, sums, half * int64(tile))
+        outputs.finish(sums, 0, unit, token, tile)
+
+    with B.If(args.tokens == int64(1)):
+        with B.Then():
+            inputs = prepare(None)
+            with B.parallel(int64(0), int64(config.tasks)) as task:
+                units(inputs, task, int64(0), 1)
+        with B.Else():
+            plan = TilePlan.of(args.tokens, config.tiles)
+            inputs = prepare(plan)
+            with B.parallel(int64(0), int64(config.tasks)) as task:
+                inputs = in_task(inputs)
+                with B.serial(int64(0), plan.full) as i:
+                    units(inputs, task, B.bind(i * int64(plan.big)), plan.big)
+                for below, tile in zip((0, *plan.sizes), plan.sizes[:-1], strict=False):
+                    wanted = B.And(plan.rest > int64(below), plan.rest <= int64(tile))
+                    with B.If(wanted), B.Then():
+                        units(inputs, task, plan.start, tile)

@@ -1,0 +1,150 @@
+"""Activations as 16-bit integers, one scale a token, in the order that the dot products read."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from gqsa_compiler._tvm import B
+from gqsa_compiler.schedules.generic.config import GenericConfig
+from gqsa_compiler.schedules.generic.emit import (
+    Buffer,
+    Expr,
+    broadcast,
+    cast,
+    const,
+    horizontal_max,
+    int64,
+    load,
+    local,
+    store,
+)
+from gqsa_compiler.schedules.generic.rows import rms_factor
+from gqsa_compiler.schedules.generic.tiles import TilePlan
+from gqsa_compiler.schedules.spec import LinearSpec
+from gqsa_compiler.schedules.x86.scratch import Scratch
+
+QUANT_MAX = 32767.0
+QUANT_TINY = 1e-30
+"""A token whose largest magnitude is below this is quantised to zeros."""
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """Quantised activations.
+
+    A tile's values begin at its first token times K. In a tile of fewer tokens than a vector has
+    float lanes, tokens follow each other. In a larger one two columns of a token lie together, and
+    the tokens of a tile side by side: column c of token t is at
+    ``2 * (c // 2 * tile + t) + c % 2``.
+
+    Parameters
+    ----------
+    values : Buffer
+        int32, one-dimensional: two 16-bit values in each, the lower column in the low half.
+    scales : Buffer
+        float32, one a token.
+    front : int
+        Elements (of 32 bits) before the first token, which a vector may begin in.
+    scratch : Scratch or None
+        Where the task decodes weights to; None for one token.
+    """
+
+    values: Buffer
+    scales: Buffer
+    front: int
+    scratch: Scratch | None = None
+
+    def load(self, offset: Expr, lanes: int) -> Expr:
+        """Load `lanes` 16-bit values from an even offset, in values, on."""
+        pairs = lanes // 2
+        words = load(self.values, B.shift_right(offset, int64(1)) + int64(self.front), lanes=pairs)
+        return B.reinterpret(f"int16x{lanes}", words)
+
+
+def prepare(
+    spec: LinearSpec,
+    config: GenericConfig,
+    x: Buffer,
+    norm: Buffer | None,
+    tokens: Expr,
+    plan: TilePlan | None,
+    slack: int,
+) -> Inputs:
+    """Emit the norm and the quantisation of all tokens; what pads the last tile is zero.
+
+    Parameters
+    ----------
+    plan : TilePlan or None
+        None: there is one token.
+    slack : int
+        Values that may be read before the first one and after the last one.
+    """
+    capacity = int64(1) if plan is None else B.bind(plan.capacity())
+    front = slack // 2
+    extent = capacity * int64(spec.k // 2) + int64(2 * front)
+    values = B.alloc_buffer((extent,), "int32")
+    scales = B.alloc_buffer((capacity,), "float32")
+    inputs = Inputs(values, scales, front)
+    if plan is None:
+        _write(spec, config, x, norm, inputs, int64(0), int64(front), None)
+        return inputs
+    with B.parallel(int64(0), capacity) as token:
+        first, size, within = plan.place(token)
+        begin = B.bind(B.floordiv(first * int64(spec.k), int64(2)) + int64(front))
+        wide = size >= int64(config.lanes)
+        stride = B.bind(B.Select(wide, size, int64(1)))
+        at = B.bind(begin + within * B.Select(wide, int64(1), int64(spec.k // 2)))
+        with B.If(token < tokens):
+            with B.Then():
+                _write(spec, config, x, norm, inputs, token, at, stride)
+            with B.Else():
+                store(scales, const(0.0, "float32"), token)
+                with B.serial(int64(0), int64(spec.k // 2)) as pair:
+                    store(values, const(0, "int32"), at + pair * stride)
+    return inputs
+
+
+def _write(
+    spec: LinearSpec,
+    config: GenericConfig,
+    x: Buffer,
+    norm: Buffer | None,
+    inputs: Inputs,
+    token: Expr,
+    at: Expr,
+    stride: Expr | None,
+) -> None:
+    """Emit one token's values from index `at` on, each `stride` after the other (None: 1)."""
+    lanes = min(config.lanes, spec.group_size)
+    vectors = spec.k // lanes
+    factor = None
+    if norm is not None:
+        assert spec.norm_eps is not None
+        factor = rms_factor(spec.k, lanes, spec.norm_eps, lambda c, n: load(x, token, c, lanes=n))
+
+    def value(column: Expr) -> Expr:
+        v = load(x, token, column, lanes=lanes)
+        if factor is None or norm is None:
+            return v
+        return v * broadcast(factor, lanes) * load(norm, column, lanes=lanes)
+
+    peaks = local(lanes)
+    store(peaks, broadcast(const(0.0, "float32"), lanes), 0, lanes=lanes)
+    with B.serial(int64(0), int64(vectors)) as i:
+        larger = B.max(load(peaks, 0, lanes=lanes), B.abs(value(i * int64(lanes))))
+        store(peaks, larger, 0, lanes=lanes)
+    peak = B.bind(horizontal_max(B.bind(load(peaks, 0, lanes=lanes)), lanes))
+    usable = peak >= const(QUANT_TINY, "float32")
+    limit, zero = const(QUANT_MAX, "float32"), const(0.0, "float32")
+    inverse = B.bind(B.Select(usable, limit / B.max(peak, const(QUANT_TINY, "float32")), zero))
+    store(inputs.scales, B.Select(usable, peak / limit, zero), token)
+    with B.serial(int64(0), int64(vectors)) as i:
+        scaled = value(i * int64(lanes)) * broadcast(inverse, lanes)
+        codes = cast("int16", cast("int32", B.nearbyint(scaled), lanes), lanes)
+        pairs = B.bind(B.reinterpret(f"int32x{lanes // 2}", codes))
+        start = B.bind(i * int64(lanes // 2))
+        if stride is None:
+            store(inputs.values, pairs, at + start, lanes=lanes // 2)
+        else:
+            index = B.ramp(at + start * stride, stride, lanes // 2)
+            B.buffer_store(inputs.values, pairs, [index])

@@ -1,0 +1,89 @@
+"""How many threads there are, and whose."""
+
+from __future__ import annotations
+
+import os
+import threading
+from pathlib import Path
+
+import pytest
+
+from gqsa_compiler.runtime import load, workers
+from gqsa_compiler.runtime.engine import Session
+from gqsa_compiler.runtime.errors import UsageError
+from gqsa_compiler.runtime.model import Model
+
+
+def caller(session: Session) -> int:
+    """Return the thread that calls TVM, which has one pool for each."""
+    return session._on_thread(threading.get_ident)
+
+
+def tasks() -> int:
+    return len(list(Path("/proc/self/task").iterdir()))
+
+
+def test_two_loaded_models_use_one_pool(artefact: Path) -> None:
+    """As many workers as one has, and their passes take turns."""
+    with load(artefact, threads=1) as first:
+        first.generate([5], max_tokens=2)
+        before = tasks()
+        with load(artefact, threads=1) as second:
+            text = second.generate([5], max_tokens=2)
+            assert caller(first._session) == caller(second._session)
+            assert tasks() == before
+        assert first.generate([5], max_tokens=2).token_ids == text.token_ids
+
+
+def test_sessions_at_once(model: Model) -> None:
+    sessions = [model.session(threads=1) for _ in range(3)]
+    found: dict[int, list[int]] = {}
+
+    def work(index: int) -> None:
+        session = sessions[index]
+        sequence = session.add()
+        logits = session.prefill(sequence, [3, 4, 5])
+        found[index] = []
+        for _ in range(20):
+            found[index].append(int(logits.argmax()))
+            logits = session.decode([sequence], [found[index][-1]])[0]
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for session in sessions:
+        session.close()
+    assert found[0] == found[1] == found[2]
+
+
+@pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="one CPU only")
+def test_another_number_of_threads_is_another_pool(model: Model) -> None:
+    one, two = model.session(threads=1), model.session(threads=2)
+    assert caller(one) != caller(two)
+    one.close()
+    two.close()
+
+
+def test_the_last_session_ends_the_threads(model: Model) -> None:
+    before = dict(workers._pools)
+    cpu = min(os.sched_getaffinity(0))
+    first, second = workers.Workers.share([cpu, cpu]), workers.Workers.share([cpu, cpu])
+    assert first is second
+    first.release()
+    assert second.call(lambda: 3) == 3
+    second.release()
+    assert workers._pools == before
+    with pytest.raises(RuntimeError, match="shutdown"):
+        second.call(lambda: 3)
+
+
+def test_a_session_that_cannot_start_gives_its_share_back(
+    model: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = {key: pool._users for key, pool in workers._pools.items()}
+    monkeypatch.setattr("gqsa_compiler.runtime.engine._limit", lambda *_: 1 << 40)
+    with pytest.raises(UsageError, match="cannot be made"):
+        model.session(threads=1)
+    assert {key: pool._users for key, pool in workers._pools.items()} == before
