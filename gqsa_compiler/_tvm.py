@@ -20,7 +20,7 @@ if not str(tvm.__version__).startswith(f"{REQUIRED}."):
     )
 
 # ruff: noqa: E402
-from tvm import relax, tirx
+from tvm import relax, s_tir, tirx
 from tvm.ir import StringImm
 from tvm.relax.analysis import post_order_visit
 from tvm.relax.expr_functor import PyExprMutator, mutator
@@ -30,6 +30,7 @@ from tvm.script import relax as R
 from tvm.script import tirx as T
 from tvm.script.ir_builder import IRBuilder
 from tvm.target import Target
+from tvm.tirx.compilation_pipeline import finalize_host_passes, register_tir_pipeline
 from tvm.tirx.script import builder as B
 from tvm_ffi import structural_equal
 
@@ -46,10 +47,13 @@ __all__ = [
     "StringImm",
     "T",
     "Target",
+    "finalize_host_passes",
     "mutator",
     "nn",
     "post_order_visit",
+    "register_tir_pipeline",
     "relax",
+    "s_tir",
     "structural_equal",
     "tirx",
     "tvm",

@@ -72,7 +72,7 @@ def compress(
         typer.Option(
             metavar="N|all",
             help="Calibration sequences, or all that the text files have.",
-            show_default="256, 128 for one shot; fewer if a text has fewer",
+            show_default="768, 128 for one shot; fewer if a text has fewer",
         ),
     ] = None,
     sequence_length: Annotated[

@@ -7,7 +7,7 @@ from typing import TypeVar
 
 from gqsa_compiler._tvm import B
 from gqsa_compiler.schedules.generic.config import GenericConfig
-from gqsa_compiler.schedules.generic.emit import Buffer, Expr, int64, load, local
+from gqsa_compiler.schedules.generic.emit import Buffer, Expr, int64, load, local, store
 from gqsa_compiler.schedules.generic.epilogue import Outputs
 from gqsa_compiler.schedules.generic.function import Arguments
 from gqsa_compiler.schedules.generic.tiles import TilePlan
@@ -54,6 +54,12 @@ def emit_tasks(
             row_sums(inputs, row, token, tile, sums, half * int64(tile))
         outputs.finish(sums, 0, unit, token, tile)
 
+    def tasks(inputs: Inputs, tile: int, token: Expr, tiles: Expr) -> None:
+        with B.parallel(int64(0), int64(config.tasks)) as task:
+            own = in_task(inputs)
+            with B.serial(int64(0), tiles) as i:
+                units(own, task, B.bind(token + i * int64(tile)), tile)
+
     with B.If(args.tokens == int64(1)):
         with B.Then():
             inputs = prepare(None)
@@ -62,11 +68,11 @@ def emit_tasks(
         with B.Else():
             plan = TilePlan.of(args.tokens, config.tiles)
             inputs = prepare(plan)
-            with B.parallel(int64(0), int64(config.tasks)) as task:
-                inputs = in_task(inputs)
-                with B.serial(int64(0), plan.full) as i:
-                    units(inputs, task, B.bind(i * int64(plan.big)), plan.big)
-                for below, tile in zip((0, *plan.sizes), plan.sizes[:-1], strict=False):
-                    wanted = B.And(plan.rest > int64(below), plan.rest <= int64(tile))
-                    with B.If(wanted), B.Then():
-                        units(inputs, task, plan.start, tile)
+            with B.If(plan.full > int64(0)), B.Then():
+                tasks(inputs, plan.big, int64(0), plan.full)
+            # Conditions are read from memory: TVM would try to prove every expression under them.
+            chosen = local(1, "int64")
+            store(chosen, plan.rest_size(), 0)
+            for tile in plan.sizes[:-1]:
+                with B.If(load(chosen, 0) == int64(tile)), B.Then():
+                    tasks(inputs, tile, plan.start, int64(1))

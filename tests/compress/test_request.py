@@ -61,9 +61,9 @@ def test_a_recipe_file_by_its_path(tmp_path: Path) -> None:
 
 def test_numbers_suit_the_recipe_and_the_model(source: ModelSource) -> None:
     spec = choose_calibration(source, RECIPE, seed=3)
-    assert (spec.source, spec.samples, spec.seed) == ("sampled", 256, 3)
+    assert (spec.source, spec.samples, spec.seed) == ("sampled", 768, 3)
     assert spec.sequence_length == 256  # the model's longest; 512 would suit training
-    assert spec.describe_samples() == "256"
+    assert spec.describe_samples() == "768"
     spec = choose_calibration(source, RECIPE.one_shot())
     assert (spec.samples, spec.sequence_length) == (128, 128)
     spec = choose_calibration(source, RECIPE, samples=3, sequence_length=9)
@@ -75,7 +75,7 @@ def test_texts(source: ModelSource, text: Path) -> None:
     assert one == choose_calibration(source, RECIPE, str(text))
     assert one == choose_calibration(source, RECIPE, [text])
     assert one.paths == (text,)
-    assert one.describe_samples() == "up to 256"
+    assert one.describe_samples() == "up to 768"
     every = choose_calibration(source, RECIPE, text, samples="all", sequence_length=16)
     assert every.samples is None
     assert every.describe_samples() == "all"
@@ -85,7 +85,7 @@ def test_a_text_that_is_shorter_than_the_default(source: ModelSource, text: Path
     every = choose_calibration(source, RECIPE, text, samples="all", sequence_length=32)
     usual = choose_calibration(source, RECIPE, text, sequence_length=32)
     tokens = calibration_tokens(usual, source, 1)
-    assert 1 < len(tokens) < 256
+    assert 1 < len(tokens) < 768
     assert torch.equal(tokens, calibration_tokens(every, source, 1))
     asked = choose_calibration(source, RECIPE, text, samples=256, sequence_length=32)
     with pytest.raises(UsageError, match=f"--samples {len(tokens)}"):

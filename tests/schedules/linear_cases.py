@@ -13,6 +13,7 @@ import pytest
 
 from gqsa_compiler._tvm import Target, tvm
 from gqsa_compiler.checkpoint import BSRLayer, pack_codes
+from gqsa_compiler.passes import cpu_code
 from gqsa_compiler.schedules import reference
 from gqsa_compiler.schedules.generic.config import GenericConfig
 from gqsa_compiler.schedules.rule import KernelConfig, ScheduleRule
@@ -87,7 +88,8 @@ def compile_kernel(
 ) -> Any:
     """Compile one kernel to an executable."""
     func = rule.build(spec, config, target).with_attr("global_symbol", "main")
-    return tvm.compile(tvm.IRModule({"main": func}), Target(target.tvm_dict()))
+    module = tvm.IRModule({"main": func})
+    return tvm.compile(module, Target(target.tvm_dict()), tir_pipeline=cpu_code.register())
 
 
 @lru_cache(maxsize=256)

@@ -16,17 +16,23 @@ from gqsa_compiler.limits import BITS
 from gqsa_compiler.schedules import reference
 from gqsa_compiler.schedules.rule import ScheduleRule
 from gqsa_compiler.schedules.spec import ActivationDtype, Epilogue, LinearSpec
+from gqsa_compiler.schedules.table import rules_for
 from gqsa_compiler.targets import parse_target
 from tests.schedules.linear_cases import (
     HOST,
     check,
     random_keep,
     random_layer,
-    rules_that_run,
     spec_of,
 )
 
 GATED = Epilogue(activation="silu", gated=True)
+
+
+def sparse(bits: int, dtype: ActivationDtype) -> LinearSpec:
+    """Describe some layer."""
+    return LinearSpec(4, 64, "bsr", f"int{bits}", 16, 7, activation_dtype=dtype)
+
 
 # Kernels differ by these; patterns, values and token counts vary within each (one compilation).
 CASES: dict[str, tuple[int, int, int, dict[str, Any]]] = {
@@ -76,34 +82,48 @@ CASES: dict[str, tuple[int, int, int, dict[str, Any]]] = {
     ),
     "one_row_int16": (1, 1, 16, {"activation_dtype": "int16"}),
 }
-pytestmark = pytest.mark.parametrize(
-    "rule",
-    rules_that_run(
-        LinearSpec(n, groups * size, "bsr", f"int{bits}", size, 1, **fields)
-        for n, groups, size, fields in CASES.values()
-        for bits in BITS
-    ),
-)
+DTYPES: tuple[ActivationDtype, ...] = ("float32", "int8", "int16")
+RULES = [
+    rule
+    for rule in rules_for(HOST)
+    if any(rule.applies(sparse(bits, dtype), HOST) for bits in BITS for dtype in DTYPES)
+]
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Run a test with every rule, and with the cases or activations that the rule runs."""
+    if "int8_rule" in metafunc.fixturenames:
+        rules = [rule for rule in RULES if runs(rule, "int8")]
+        metafunc.parametrize("int8_rule", rules, ids=[rule.name for rule in rules])
+        return
+    second = next((n for n in ("case", "activation_dtype") if n in metafunc.fixturenames), None)
+    if second is None:
+        metafunc.parametrize("rule", RULES, ids=[rule.name for rule in RULES])
+        return
+    dtypes = {dtype: dtype for dtype in DTYPES}
+    if second == "case":
+        dtypes = {
+            name: fields.get("activation_dtype", "float32") for name, (*_, fields) in CASES.items()
+        }
+    pairs = [(rule, n) for rule in RULES for n, dtype in dtypes.items() if runs(rule, dtype)]
+    metafunc.parametrize(
+        ("rule", second), pairs, ids=[f"{rule.name}-{name}" for rule, name in pairs]
+    )
+
+
+def runs(rule: ScheduleRule[Any], dtype: ActivationDtype) -> bool:
+    """Say whether a rule runs layers with such activations."""
+    return any(rule.applies(sparse(bits, dtype), HOST) for bits in BITS)
 
 
 def bits_of(rule: ScheduleRule[Any]) -> list[int]:
     """List the bits of the codes that a rule runs."""
-    spec = LinearSpec(4, 64, "bsr", "int4", 16, 7)
-    dtypes: tuple[ActivationDtype, ...] = ("float32", "int16")
-    return [
-        bits
-        for bits in BITS
-        if any(
-            rule.applies(replace(spec, weight_dtype=f"int{bits}", activation_dtype=dtype), HOST)
-            for dtype in dtypes
-        )
-    ]
+    return [b for b in BITS if any(rule.applies(sparse(b, dtype), HOST) for dtype in DTYPES)]
 
 
 def exact_dtype(rule: ScheduleRule[Any]) -> ActivationDtype:
     """Return the activations that a rule loses least with."""
-    spec = LinearSpec(4, 64, "bsr", f"int{bits_of(rule)[0]}", 16, 7)
-    return "float32" if rule.applies(spec, HOST) else "int16"
+    return "float32" if runs(rule, "float32") else "int16"
 
 
 ALL_TILES = ("plain", "plain_int8", "gated_all", "plain_int16", "gated_all_int16")
@@ -111,7 +131,6 @@ FEW_TILES = (2, 4)
 TOKENS = st.sampled_from([1, 2, 3, 4, 5, 8, 9, 12, 13, 16, 17, 24, 25, 31, 33, 64, 65])
 
 
-@pytest.mark.parametrize("case", CASES)
 @settings(max_examples=6, deadline=None)
 @given(
     m=TOKENS,
@@ -161,7 +180,6 @@ def test_any_shape(
     check(rule, spec, [layer], x, rng, (8,))
 
 
-@pytest.mark.parametrize("activation_dtype", ["float32", "int8", "int16"])
 @pytest.mark.parametrize("symmetric", [False, True])
 @pytest.mark.parametrize("m", [1, 7, 20])
 def test_all_groups_kept(
@@ -175,7 +193,6 @@ def test_all_groups_kept(
         check(rule, spec, [layer], x, rng, FEW_TILES)
 
 
-@pytest.mark.parametrize("activation_dtype", ["float32", "int8", "int16"])
 @pytest.mark.parametrize("m", [1, 7])
 @pytest.mark.parametrize("size", [8, 32])
 def test_the_largest_codes_and_activations(
@@ -199,7 +216,6 @@ def test_the_largest_codes_and_activations(
         check(rule, spec, [layer], x, rng, FEW_TILES)
 
 
-@pytest.mark.parametrize("activation_dtype", ["float32", "int8", "int16"])
 @pytest.mark.parametrize("symmetric", [False, True])
 @pytest.mark.parametrize("m", [1, 7])
 def test_every_bits(
@@ -214,7 +230,6 @@ def test_every_bits(
         check(rule, spec, [layer], x, rng, FEW_TILES)
 
 
-@pytest.mark.parametrize("activation_dtype", ["float32", "int8", "int16"])
 @pytest.mark.parametrize("scales", [(6e-8, 1e-6), (1e4, 6e4), (6e-8, 6e4)])
 def test_extreme_scales(
     rule: ScheduleRule[Any], activation_dtype: str, scales: tuple[float, float]
@@ -227,7 +242,6 @@ def test_extreme_scales(
         check(rule, spec_of(layer, activation_dtype=activation_dtype), [layer], x, rng)
 
 
-@pytest.mark.parametrize("activation_dtype", ["float32", "int8", "int16"])
 def test_a_single_group_in_all_and_zero_activations(
     rule: ScheduleRule[Any], activation_dtype: str
 ) -> None:
@@ -271,10 +285,12 @@ def test_an_index_beyond_16_bits_with_its_zero_point(
 
 @pytest.mark.parametrize("size", [8, 16, 64, 256])
 @pytest.mark.parametrize("m", [1, 6])
-def test_int8_scales_belong_to_eight_columns(rule: ScheduleRule[Any], size: int, m: int) -> None:
+def test_int8_scales_belong_to_eight_columns(
+    int8_rule: ScheduleRule[Any], size: int, m: int
+) -> None:
     """A large value costs its own block's precision only, whatever the group size."""
     rng = np.random.default_rng(size)
-    layer = random_layer(np.ones((3, 512 // size), bool), size, rng, bits=bits_of(rule)[-1])
+    layer = random_layer(np.ones((3, 512 // size), bool), size, rng, bits=bits_of(int8_rule)[-1])
     x = np.where(np.arange(512) % 127 % 3, 1.0, -1.0).astype(np.float32)[None].repeat(m, 0)
     for block in range(0, 64, 2):
         x[:, 8 * block : 8 * block + 8] *= 1e4  # every value is +- its block's peak: no rounding
@@ -284,7 +300,7 @@ def test_int8_scales_belong_to_eight_columns(rule: ScheduleRule[Any], size: int,
     assert np.all(
         np.abs(reference.linear(spec, reference.decode(layer), x) - exact) <= 1e-6 * magnitude
     )
-    check(rule, spec, [layer], x, rng, FEW_TILES)
+    check(int8_rule, spec, [layer], x, rng, FEW_TILES)
 
 
 @pytest.mark.parametrize("threads", [1, 2, 3])
@@ -302,7 +318,6 @@ def test_any_number_of_threads(rule: ScheduleRule[Any], threads: int) -> None:
 
 
 @pytest.mark.skipif(HOST.arch != "x86_64", reason="this machine cannot run x86 code")
-@pytest.mark.parametrize("activation_dtype", ["float32", "int8", "int16"])
 @pytest.mark.parametrize(("lanes", "size"), [(4, 16), (4, 8), (8, 16), (8, 32), (16, 32)])
 def test_layouts_of_narrower_vectors(
     rule: ScheduleRule[Any], activation_dtype: str, lanes: int, size: int

@@ -41,17 +41,24 @@ def default_stages() -> DefaultStages:
     """Return the training stages that a recipe gets: all the numbers are here."""
     return DefaultStages(
         block=BlockStage(weight_rate=1e-2),
-        weights=ModelStage(epochs=3.0, weight_rate=1e-2, scale_rate=4e-3, norm_rate=4e-3),
-        scales=ModelStage(scale_rate=2e-3, norm_rate=2e-3),
+        weights=ModelStage(
+            epochs=3.0,
+            most_tokens=3 << 17,
+            weight_rate=1e-2,
+            scale_rate=4e-3,
+            norm_rate=4e-3,
+        ),
+        scales=ModelStage(most_tokens=1 << 17, scale_rate=2e-3, norm_rate=2e-3),
     )
 
 
 def default_samples(recipe: Recipe) -> tuple[int, int]:
     """Return the calibration sequences and the tokens of each that suit a recipe.
 
-    Training end to end wants many and long ones; one shot and stage one do with less.
+    Training end to end wants many and long ones, each seen once rather than a few of them often: as
+    many as the stages train on. One shot and stage one do with less.
     """
-    return (256, 512) if recipe.weights or recipe.scales else (128, 128)
+    return (768, 512) if recipe.weights or recipe.scales else (128, 128)
 
 
 @dataclass(frozen=True)

@@ -114,6 +114,9 @@ class ModelStage:
     ----------
     epochs : float
         Passes over the calibration tokens.
+    most_tokens : int or None
+        Tokens that are trained on in all, each as often as it is: with more text there are fewer
+        passes. None: no limit.
     batch_tokens : int
         Tokens of an optimiser step.
     scale_rate, zero_rate, weight_rate : float
@@ -132,6 +135,7 @@ class ModelStage:
     """
 
     epochs: float = 1.0
+    most_tokens: int | None = None
     batch_tokens: int = 4096
     scale_rate: float = 1e-3
     zero_rate: float = 0.0
@@ -143,6 +147,8 @@ class ModelStage:
     def __post_init__(self) -> None:
         """Check the numbers."""
         above_zero("epochs", self.epochs)
+        if self.most_tokens is not None:
+            whole("most_tokens", self.most_tokens, 1)
         whole("batch_tokens", self.batch_tokens, 1)
         for name in ("scale_rate", "zero_rate", "weight_rate", "norm_rate"):
             number(name, getattr(self, name), 0, MAX_RATE)

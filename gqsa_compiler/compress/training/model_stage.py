@@ -109,7 +109,10 @@ class ModelTrainer:
         samples, length = tokens.shape
         self._batch = batch_size(stage, samples, length)
         self._ranks.check_batch(self._batch)
-        self.steps = max(1, math.ceil(samples * stage.epochs / self._batch))
+        passed = samples * stage.epochs
+        if stage.most_tokens is not None:
+            passed = min(passed, stage.most_tokens / length)
+        self.steps = max(1, math.ceil(passed / self._batch))
         self.step = 0
         self._order = epoch_order(samples, self.steps * self._batch, seed)
 

@@ -64,6 +64,7 @@ def test_two_of_four_refuses(settings: dict[str, Any], message: str) -> None:
 
 WRONG: dict[str, tuple[Any, ...]] = {
     "epochs": (0, -1.0, math.nan, math.inf, True, "2"),
+    "most_tokens": (0, -1, 1.5, True),
     "samples": (0, 1.5, True),
     "batch_tokens": (0, -3, 2.0),
     "weight_rate": (-1e-9, math.nan, 11.0),

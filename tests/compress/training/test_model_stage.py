@@ -189,10 +189,23 @@ def test_steps_say_what_they_did(dense: Dense) -> None:
 
 
 @pytest.mark.parametrize(
-    ("batch_tokens", "epochs", "steps"), [(48, 1, 4), (1, 1, 10), (10**6, 2, 2), (48, 0.01, 1)]
+    ("batch_tokens", "epochs", "most_tokens", "steps"),
+    [
+        (48, 1, None, 4),
+        (1, 1, None, 10),
+        (10**6, 2, None, 2),
+        (48, 0.01, None, 1),
+        (1, 3, 100, 7),
+        (1, 1, 10**6, 10),
+        (1, 1, 1, 1),
+    ],
 )
-def test_number_of_steps(batch_tokens: int, epochs: float, steps: int, dense: Dense) -> None:
-    stage = dataclasses.replace(SCALES, batch_tokens=batch_tokens, epochs=epochs)
+def test_number_of_steps(
+    batch_tokens: int, epochs: float, most_tokens: int | None, steps: int, dense: Dense
+) -> None:
+    stage = dataclasses.replace(
+        SCALES, batch_tokens=batch_tokens, epochs=epochs, most_tokens=most_tokens
+    )
     trainer, _, _ = make_trainer(dense("llama"), stage)
     assert trainer.steps == len(run(trainer)) == steps
 
