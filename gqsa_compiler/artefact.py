@@ -21,6 +21,7 @@ from gqsa_compiler._tvm import relax, tvm
 from gqsa_compiler.checkpoint import BSRLayer
 from gqsa_compiler.errors import CompileError
 from gqsa_compiler.head import round_weight
+from gqsa_compiler.passes import cpu_code
 from gqsa_compiler.passes.plan import (
     BiasTensor,
     Kernel,
@@ -33,7 +34,6 @@ from gqsa_compiler.passes.records import ParamRecord
 from gqsa_compiler.runtime.library import BUNDLE, RUNTIME_LIBRARIES
 from gqsa_compiler.targets import TargetSpec, host_arch
 
-LIBRARY = "model.so"
 PARAMETERS = "params.safetensors"
 _LITTLE_ROOM = 1 << 20  # bytes: with less, a failure is put down to the full disk
 
@@ -99,15 +99,21 @@ def _dense(weights: WeightLoader, name: str, dtype: str) -> Array:
     return array
 
 
-def export_library(mod: tvm.IRModule, target: TargetSpec, directory: Path) -> str:
-    """Generate code, link `model.so` and return its SHA-256.
+def library_name(target: TargetSpec, variants: int) -> str:
+    """Name the library of one of so many variants of an artefact."""
+    return "model.so" if variants == 1 else f"model.{target.name}.so"
+
+
+def export_library(mod: tvm.IRModule, target: TargetSpec, path: Path) -> str:
+    """Generate code, link a library and return its SHA-256.
 
     Parameters
     ----------
     mod : IRModule
         After every phase of the pipeline.
     target : TargetSpec
-    directory : Path
+    path : Path
+        Of the library.
 
     Raises
     ------
@@ -117,12 +123,17 @@ def export_library(mod: tvm.IRModule, target: TargetSpec, directory: Path) -> st
         The disk is full.
     """
     compiler = tvm.support.cc.cross_compiler(_linker(target))
-    path = directory / LIBRARY
+    directory = path.parent
 
     def generate() -> None:
         # Object files go beside the library, not to a temporary directory that may be small.
         with tempfile.TemporaryDirectory(dir=directory) as objects:
-            executable = relax.build(mod, tvm.target.Target(target.tvm_dict()), relax_pipeline=None)
+            executable = relax.build(
+                mod,
+                tvm.target.Target(target.tvm_dict()),
+                relax_pipeline=None,
+                tir_pipeline=cpu_code.register(),
+            )
             executable.export_library(str(path), fcompile=compiler, workspace_dir=objects)
 
     try:
@@ -192,11 +203,11 @@ def _package(name: str) -> Path:
 
 
 __all__ = [
-    "LIBRARY",
     "PARAMETERS",
     "RawTensor",
     "WeightLoader",
     "bundle_libraries",
     "export_library",
+    "library_name",
     "packed_tensors",
 ]

@@ -47,6 +47,8 @@ class BenchResult:
     prompt, gen, threads : int
         Tokens in the prompt, tokens generated (the first comes with the prompt, so one pass less
         is timed as decoding), and CPU threads.
+    variant : str
+        Target name of the code that ran.
     runs : tuple of BenchRun
         Every timed run, in order.
     profile : Profile, optional
@@ -63,6 +65,7 @@ class BenchResult:
     prompt: int
     gen: int
     threads: int
+    variant: str
     runs: tuple[BenchRun, ...]
     profile: Profile | None = None
 
@@ -101,7 +104,7 @@ def bench_artefact(
     threads : int, optional
         CPU threads; one for every core this process may use by default.
     verify : bool
-        Check the parameters' hashes first; that of ``model.so`` always is.
+        Check the parameters' hashes first; that of the library always is.
     profile : bool
         Then repeat the runs with a clock around every kernel.
     progress : callable, optional
@@ -131,7 +134,7 @@ def bench_artefact(
     with load(
         directory, threads=threads, verify=verify, context_length=length, max_batch=1
     ) as model:
-        used = model.threads
+        used, variant = model.threads, model.variant
         ids = np.random.default_rng(0).integers(0, manifest.model.vocab_size, prompt).tolist()
         for index in range(repeats + 1):
             say("Timed runs", index, repeats + 1)
@@ -172,6 +175,7 @@ def bench_artefact(
         prompt=prompt,
         gen=gen,
         threads=used,
+        variant=variant,
         runs=timed,
         profile=found_profile,
     )

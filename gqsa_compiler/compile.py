@@ -6,8 +6,8 @@ import json
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field, replace
 from importlib import metadata
 from pathlib import Path
@@ -30,9 +30,13 @@ from gqsa_compiler.progress import Progress
 from gqsa_compiler.report import CompileReport
 from gqsa_compiler.runtime import manifest as manifests
 from gqsa_compiler.runtime.params import write_params
-from gqsa_compiler.schedules.kv_cache import KVCacheSpec
-from gqsa_compiler.schedules.table import check_activations, default_activations
-from gqsa_compiler.targets import TargetSpec, parse_target
+from gqsa_compiler.schedules.kv_cache import DTYPES, CacheDtype, KVCacheSpec
+from gqsa_compiler.schedules.table import (
+    check_activations,
+    check_shared_weights,
+    default_activations,
+)
+from gqsa_compiler.targets import TargetSpec, parse_targets
 
 if TYPE_CHECKING:
     import numpy.typing as npt
@@ -51,7 +55,8 @@ class CompileOptions:
     Parameters
     ----------
     target : str
-        A TARGET name, see docs/targets.md.
+        A TARGET name, see docs/targets.md; or several with commas between them, for an artefact
+        with code for each.
     context_length : int or None
         Longest sequence in tokens; None is the model's own, at most
         `gqsa_compiler.frontends.hf.DEFAULT_CONTEXT`.
@@ -66,6 +71,8 @@ class CompileOptions:
     head : str
         The language-model head of a compressed model: ``int8`` rounds it to 8 bits, ``stored``
         leaves it as it is.
+    kv_cache : str
+        What keys and values are kept in: ``float16`` (rounded) or ``float32``.
     bundle : bool
         Add TVM's runtime libraries.
     no_fallback : bool
@@ -80,6 +87,7 @@ class CompileOptions:
     max_batch: int = 4
     activations: ActivationDtype | Literal["auto"] = "auto"
     head: Literal["int8", "stored"] = "int8"
+    kv_cache: CacheDtype = "float16"
     bundle: bool = False
     no_fallback: bool = False
     debug_dump: Path | None = None
@@ -125,9 +133,10 @@ def compile_model(
         The model cannot be read, is damaged, or cannot be compiled as asked.
     """
     options = options or CompileOptions()
-    target = parse_target(options.target)
-    _check_options(options, target)
-    artefact.check_tools(target, bundle=options.bundle)
+    targets = parse_targets(options.target)
+    _check_options(options, targets)
+    for target in targets:
+        artefact.check_tools(target, bundle=options.bundle)
     source = resolve(model)
     compressed = source.checkpoint is not None
     if compressed and recipe is not None:
@@ -150,7 +159,7 @@ def compile_model(
     report_progress = progress or (lambda _stage, _done, _total: None)
     with staged_directory(output, overwrite=overwrite) as staging:
         if recipe is None or recipe == DENSE_RECIPE:
-            return _Compilation(source, target, options, report_progress).write(
+            return _Compilation(source, targets, options, report_progress).write(
                 staging, Path(output)
             )
         from gqsa_compiler.compress import compress_model
@@ -161,13 +170,13 @@ def compile_model(
             # One shot: training takes its hours, and what it makes is worth a checkpoint to keep.
             compress_model(source, checkpoint, recipe, stages="none", progress=report_progress)
             source = resolve(str(checkpoint))
-            result = _Compilation(source, target, options, report_progress).write(
+            result = _Compilation(source, targets, options, report_progress).write(
                 staging, Path(output)
             )
         return result
 
 
-def _check_options(options: CompileOptions, target: TargetSpec) -> None:
+def _check_options(options: CompileOptions, targets: tuple[TargetSpec, ...]) -> None:
     for name in ("prefill_chunk", "max_batch", "context_length"):
         value = getattr(options, name)
         if value is not None and value < 1:
@@ -183,8 +192,30 @@ def _check_options(options: CompileOptions, target: TargetSpec) -> None:
         )
     if options.head not in HEADS:
         raise UsageError(f"Unknown head {options.head!r}; choose one of {', '.join(HEADS)}.")
+    if options.kv_cache not in DTYPES:
+        raise UsageError(
+            f"Unknown KV cache {options.kv_cache!r}; choose one of {', '.join(DTYPES)}."
+        )
     if options.activations != "auto":
-        check_activations(options.activations, target)
+        for target in targets:
+            check_activations(options.activations, target)
+    check_shared_weights(_activations(options, targets), targets)
+
+
+def _activations(options: CompileOptions, targets: tuple[TargetSpec, ...]) -> ActivationDtype:
+    """Return what compressed layers round their inputs to, on every target."""
+    wanted = options.activations
+    return default_activations(targets[-1]) if wanted == "auto" else wanted
+
+
+@dataclass(frozen=True)
+class _Variant:
+    """One target's module after the passes, and what they found out."""
+
+    target: TargetSpec
+    mod: tvm.IRModule
+    plan: PackPlan
+    workspace: int
 
 
 @dataclass
@@ -192,7 +223,7 @@ class _Compilation:
     """One run: what it reads, and how long each stage took."""
 
     source: ModelSource
-    target: TargetSpec
+    targets: tuple[TargetSpec, ...]
     options: CompileOptions
     progress: Progress
     seconds: dict[str, float] = field(default_factory=dict)
@@ -200,8 +231,7 @@ class _Compilation:
     @property
     def activations(self) -> ActivationDtype:
         """What compressed layers round their inputs to."""
-        wanted = self.options.activations
-        return default_activations(self.target) if wanted == "auto" else wanted
+        return _activations(self.options, self.targets)
 
     @contextmanager
     def _stage(self, name: str) -> Iterator[None]:
@@ -217,8 +247,13 @@ class _Compilation:
             imported = import_model(self.source, context_length=self.options.context_length)
             weights = _Weights(self.source, imported)
             records = self._with_head(weights.records(), imported.head)
-        with self._stage("running passes"):
-            mod, plan, workspace = self._run_passes(imported, records)
+        variants = [self._variant(imported, records, target) for target in self.targets]
+        plan = variants[0].plan
+        if any(variant.plan.layout != plan.layout for variant in variants):
+            raise CompileError(
+                f"{' and '.join(target.name for target in self.targets)} cannot share one set of "
+                "packed weights; compile an artefact for each."
+            )
         uses, fallbacks = report.kernel_uses(
             plan, self.source.checkpoint is not None, self._ignored()
         )
@@ -228,8 +263,7 @@ class _Compilation:
                 f"{len(unwanted)} layers stayed dense, and --no-fallback forbids it: "
                 f"{', '.join(unwanted[:5])}{' ...' if len(unwanted) > 5 else ''}."
             )
-        with self._stage("generating code"):
-            digest = artefact.export_library(mod, self.target, directory)
+        libraries = [self._library(variant, directory) for variant in variants]
         begin = time.perf_counter()
         parameters = write_params(
             directory / artefact.PARAMETERS,
@@ -242,18 +276,19 @@ class _Compilation:
         kinds = report.bytes_by_kind(plan)
         result = CompileReport(
             output=str(output),
-            target=self.target.name,
+            target=",".join(target.name for target in self.targets),
             bytes_by_kind=kinds,
             bits_per_weight=report.bits_per_weight(plan),
             bytes_per_token=report.bytes_per_token(plan),
-            workspace_bytes=workspace,
-            kv_cache_bytes_per_token=_kv_spec(imported).bytes_per_token,
+            workspace_bytes=max(variant.workspace for variant in variants),
+            kv_cache_dtype=self.options.kv_cache,
+            kv_cache_bytes_per_token=_kv_spec(imported, self.options.kv_cache).bytes_per_token,
             kernels=uses,
             kernel_counts=dict(Counter(use.kernel for use in uses)),
             fallbacks=fallbacks,
             seconds={name: round(value, 3) for name, value in self.seconds.items()},
         )
-        self._manifest(imported, result, digest, parameters).write(directory)
+        self._manifest(imported, result, libraries, parameters).write(directory)
         text = json.dumps(result.to_dict(), indent=1, ensure_ascii=False)
         (directory / "report.json").write_text(text + "\n", encoding="utf-8")
         return result
@@ -280,12 +315,28 @@ class _Compilation:
         chunk = min(self.options.prefill_chunk, imported.model.context_length)
         return max(chunk, self.options.max_batch)
 
+    def _stage_of(self, name: str, target: TargetSpec) -> AbstractContextManager[None]:
+        """Begin a stage that every variant has; its target is named where there are several."""
+        return self._stage(name if len(self.targets) == 1 else f"{name} for {target.name}")
+
+    def _variant(
+        self, imported: ImportedModel, records: tuple[ParamRecord, ...], target: TargetSpec
+    ) -> _Variant:
+        with self._stage_of("running passes", target):
+            return self._run_passes(imported, records, target)
+
+    def _library(self, variant: _Variant, directory: Path) -> manifests.Library:
+        name = artefact.library_name(variant.target, len(self.targets))
+        with self._stage_of("generating code", variant.target):
+            digest = artefact.export_library(variant.mod, variant.target, directory / name)
+        return manifests.Library(name, digest)
+
     def _run_passes(
-        self, imported: ImportedModel, records: tuple[ParamRecord, ...]
-    ) -> tuple[tvm.IRModule, PackPlan, int]:
+        self, imported: ImportedModel, records: tuple[ParamRecord, ...], target: TargetSpec
+    ) -> _Variant:
         options = PipelineOptions(
-            self.target,
-            _kv_spec(imported),
+            target,
+            _kv_spec(imported, self.options.kv_cache),
             {
                 "n": self._prefill_chunk(imported),
                 "m": max(self.options.max_batch, manifests.SCORE_ROWS),
@@ -295,6 +346,7 @@ class _Compilation:
         workspace = phases = 0
         dump = self.options.debug_dump
         if dump is not None:
+            dump = dump if len(self.targets) == 1 else dump / target.name
             dump.mkdir(parents=True, exist_ok=True)
 
         def observe(phase: str, mod: tvm.IRModule) -> None:
@@ -306,24 +358,24 @@ class _Compilation:
             phases += 1
 
         mod, plan = run(imported.mod, records, options, observe)
-        return mod, plan, workspace
+        return _Variant(target, mod, plan, workspace)
 
     def _manifest(
         self,
         imported: ImportedModel,
         result: CompileReport,
-        digest: str,
+        libraries: Sequence[manifests.Library],
         parameters: tuple[manifests.Parameter, ...],
     ) -> manifests.Manifest:
         model = imported.model
-        target = self.target
+        targets = [
+            manifests.Target(t.name, t.kind, t.arch, t.required_flags, 1, t.triple)
+            for t in self.targets
+        ]
         return manifests.Manifest(
             producer=f"gqsa-compiler {metadata.version('gqsa-compiler')}",
             versions=manifests.Versions(str(tvm.__version__), str(tvm_ffi.__version__)),
-            target=manifests.Target(
-                target.name, target.kind, target.arch, target.required_flags, 1, target.triple
-            ),
-            library=manifests.Library(artefact.LIBRARY, digest),
+            variants=tuple(map(manifests.Variant, targets, libraries)),
             model=manifests.ModelInfo(
                 name=self.source.name,
                 architecture=model.architecture,
@@ -341,8 +393,8 @@ class _Compilation:
                 activations=self.activations,
             ),
             kv_cache=manifests.KVCacheInfo(
-                _kv_spec(imported).dtype,
-                _kv_spec(imported).page_size,
+                _kv_spec(imported, self.options.kv_cache).dtype,
+                _kv_spec(imported, self.options.kv_cache).page_size,
                 result.kv_cache_bytes_per_token,
             ),
             memory=manifests.Memory(
@@ -415,7 +467,7 @@ class _Weights:
         )
 
 
-def _kv_spec(imported: ImportedModel) -> KVCacheSpec:
+def _kv_spec(imported: ImportedModel, dtype: CacheDtype) -> KVCacheSpec:
     model = imported.model
     return KVCacheSpec(
         num_layers=model.num_layers,
@@ -424,6 +476,7 @@ def _kv_spec(imported: ImportedModel) -> KVCacheSpec:
         head_dim=model.head_dim,
         attn_kinds=tuple(model.attn_kinds),
         sliding_window=model.sliding_window,
+        dtype=dtype,
     )
 
 

@@ -6,7 +6,8 @@ import math
 from pathlib import Path
 from typing import Any
 
-from gqsa_compiler.errors import ModelError, UsageError
+from gqsa_compiler.errors import ArtefactError, ModelError, UsageError
+from gqsa_compiler.runtime.library import choose
 from gqsa_compiler.runtime.manifest import Manifest, is_artefact
 
 
@@ -53,6 +54,14 @@ def inspect_path(path: str | Path) -> dict[str, Any]:
         f"{path} is neither a GQSA checkpoint nor a compiled artefact; "
         "make a checkpoint of a dense model with: gqsa compress MODEL -o DIR"
     )
+
+
+def variant_here(path: str | Path) -> str | None:
+    """Name the variant of an artefact that this machine runs; None if it can run none."""
+    try:
+        return choose(Manifest.read(path)).target.name
+    except ArtefactError:
+        return None
 
 
 def _check_complete(path: Path) -> None:

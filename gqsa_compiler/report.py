@@ -47,7 +47,9 @@ class CompileReport:
         Of the compressed layers, packed, over their decoded size N * K; 0 when there are none.
     bytes_per_token : int
         Weight bytes that one decoded token reads.
-    workspace_bytes, kv_cache_bytes_per_token : int
+    workspace_bytes : int
+    kv_cache_dtype : str
+    kv_cache_bytes_per_token : int
     kernels : tuple of KernelInfo
     kernel_counts : dict
         Layers served, by kernel name.
@@ -62,6 +64,7 @@ class CompileReport:
     bits_per_weight: float
     bytes_per_token: int
     workspace_bytes: int
+    kv_cache_dtype: str
     kv_cache_bytes_per_token: int
     kernels: tuple[KernelInfo, ...]
     kernel_counts: dict[str, int]

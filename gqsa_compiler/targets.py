@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from gqsa_compiler.errors import UsageError
@@ -180,4 +180,45 @@ def parse_target(name: str) -> TargetSpec:
     raise UsageError(f"Unknown target {name!r}; choose one of {', '.join(TARGET_NAMES)}.")
 
 
-__all__ = ["TARGET_NAMES", "TargetSpec", "host_arch", "host_flags", "host_target", "parse_target"]
+def parse_targets(names: str) -> tuple[TargetSpec, ...]:
+    """Look up a TARGET, or several of one architecture with commas between them.
+
+    Returns
+    -------
+    tuple of TargetSpec
+        The most capable first: that with the widest vectors, then with the most features.
+
+    Raises
+    ------
+    UsageError
+        A name is unknown or stands twice, two mean the same code, or architectures differ.
+    """
+    found: list[TargetSpec] = []
+    for name in names.split(","):
+        target = parse_target(name.strip())
+        for other in found:
+            if other.name == target.name:
+                raise UsageError(f"The targets {names} name {target.name} twice; name it once.")
+            if (other.kind, other.arch) != (target.kind, target.arch):
+                raise UsageError(
+                    f"{other.name} and {target.name} are different architectures, whose weights "
+                    "are packed differently; compile an artefact for each."
+                )
+            if replace(other, name=target.name) == target:
+                raise UsageError(
+                    f"{other.name} and {target.name} mean the same code here; name one of the two."
+                )
+        found.append(target)
+    found.sort(key=lambda target: (target.vector_bits, len(target.required_flags)), reverse=True)
+    return tuple(found)
+
+
+__all__ = [
+    "TARGET_NAMES",
+    "TargetSpec",
+    "host_arch",
+    "host_flags",
+    "host_target",
+    "parse_target",
+    "parse_targets",
+]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Hashable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -78,6 +79,11 @@ class Kernel:
         return all(record.storage == "bsr" for record in self.records)
 
     @property
+    def layout(self) -> Hashable:
+        """What the bytes of its packed tensors depend on besides the weights."""
+        return self.name, self.rule.name, self.rule.layout_version, self.rule.packed_by(self.config)
+
+    @property
     def shares_stored_tensor(self) -> bool:
         """Whether the kernel reads the one stored tensor itself, so that no copy is packed."""
         return len(self.records) == 1 and self.rule.reads_stored_layout
@@ -115,6 +121,12 @@ class PackPlan:
     tensors: list[Tensor] = field(default_factory=list)
     kernels: list[Kernel] = field(default_factory=list)
     _index: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def layout(self) -> Hashable:
+        """What the packed parameters depend on besides the weights: tensors, and their bytes."""
+        tensors = tuple((tensor.name, tensor.shape, tensor.dtype) for tensor in self.tensors)
+        return tensors, tuple(kernel.layout for kernel in self.kernels)
 
     def add(self, tensor: Tensor) -> int:
         """Return the tensor's place, appending it when its name is new."""

@@ -26,7 +26,7 @@ _CPU, _POOLED_ALLOCATOR = 1, 2
 class Instrument(Protocol):
     """What `Session.set_instrument` takes: called before and after each call of the compiled code.
 
-    `name` is the called function's in ``model.so``, or a builtin's of TVM; `result` is None
+    `name` is the called function's in the library, or a builtin's of TVM; `result` is None
     before the call. Calls can be nested.
     """
 
@@ -47,22 +47,34 @@ class Program:
         Its manifest.
     verify : bool
         Check the parameters' SHA-256.
+    variant : str, optional
+        Target name of the variant to run; the best that this machine can run unless given.
 
     Raises
     ------
     ArtefactError
-        Whatever `library.check` and `params.map_params` refuse.
+        Whatever `library.choose`, `library.check` and `params.map_params` refuse.
+    UsageError
+        There is no such variant.
 
     """
 
-    def __init__(self, directory: Path, manifest: Manifest, *, verify: bool = True) -> None:
-        libraries = library.check(directory, manifest)
+    def __init__(
+        self,
+        directory: Path,
+        manifest: Manifest,
+        *,
+        verify: bool = True,
+        variant: str | None = None,
+    ) -> None:
+        self.variant = library.choose(manifest, variant)
+        libraries = library.check(directory, manifest, self.variant)
         views = params.map_params(
             directory / manifest.parameters_file, manifest.parameters, verify=verify
         )
         self.manifest = manifest
         self.module = library.load_executable(
-            libraries, directory / manifest.library.file, manifest.versions.tvm
+            libraries, directory / self.variant.library.file, manifest.versions.tvm
         )
         # A typed view made by TVM itself: numpy has no bfloat16 to say it in.
         create_view = tvm_ffi.get_global_func("runtime.TVMTensorCreateView")

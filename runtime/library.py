@@ -18,22 +18,31 @@ from pathlib import Path
 from typing import Any
 
 from gqsa_compiler.runtime.cpus import host_arch, host_flags
-from gqsa_compiler.runtime.errors import ArtefactError
-from gqsa_compiler.runtime.manifest import Manifest, Target
+from gqsa_compiler.runtime.errors import ArtefactError, UsageError
+from gqsa_compiler.runtime.manifest import Manifest, Target, Variant
 
 RUNTIME_LIBRARIES = ("libtvm_runtime.so", "libtvm_runtime_extra.so")
 """TVM's runtime, in loading order."""
 BUNDLE = "lib"
 """The artefact's folder that has them, if it brings its own."""
 _CPU = 1
+_CPUINFO = Path("/proc/cpuinfo")
 # A function that only the second runtime library registers: its presence means both are loaded.
 _WITNESS = "vm.builtin.kv_state_add_sequence"
 # Registered where the runtime itself is, when we load it: it cannot tell its version.
 _VERSION = "gqsa.tvm_runtime_version"
 
 
-def check(directory: Path, manifest: Manifest) -> list[Path]:
-    """Check everything but the parameters; load nothing.
+def check(directory: Path, manifest: Manifest, variant: Variant) -> list[Path]:
+    """Check everything but the machine and the parameters; load nothing.
+
+    Parameters
+    ----------
+    directory : Path
+        The artefact.
+    manifest : Manifest
+    variant : Variant
+        From `choose`; no other variant's library is looked at.
 
     Returns
     -------
@@ -43,17 +52,16 @@ def check(directory: Path, manifest: Manifest) -> list[Path]:
     Raises
     ------
     ArtefactError
-        Another machine, other versions, a missing file, or a library whose hash is wrong.
+        Other versions, a missing file, or a library whose hash is wrong.
 
     """
-    check_target(manifest.target)
     libraries = find_runtime(directory, manifest)
-    path = directory / manifest.library.file
+    path = directory / variant.library.file
     try:
         digest = hashlib.sha256(path.read_bytes()).hexdigest()
     except OSError:
         raise ArtefactError(f"The artefact is incomplete: there is no {path}.") from None
-    if digest != manifest.library.sha256:
+    if digest != variant.library.sha256:
         raise ArtefactError(
             f"{path} is damaged: its SHA-256 is not the manifest's. "
             "Copy or compile the artefact again."
@@ -61,8 +69,52 @@ def check(directory: Path, manifest: Manifest) -> list[Path]:
     return libraries
 
 
-def check_target(target: Target, cpuinfo: Path = Path("/proc/cpuinfo")) -> None:
-    """Refuse an artefact for another architecture, or for features this CPU lacks."""
+def choose(manifest: Manifest, name: str | None = None, cpuinfo: Path = _CPUINFO) -> Variant:
+    """Choose the code to run: the first variant, the most capable, that this machine can run.
+
+    Parameters
+    ----------
+    manifest : Manifest
+    name : str, optional
+        A variant's target name, to have no other.
+    cpuinfo : Path
+
+    Raises
+    ------
+    ArtefactError
+        This machine can run none, or not the one that is asked for.
+    UsageError
+        There is no variant of that name.
+
+    """
+    variants = manifest.variants
+    if name is not None:
+        variants = tuple(variant for variant in variants if variant.target.name == name)
+        if not variants:
+            raise UsageError(
+                f"The artefact has no code for {name!r}; choose one of "
+                f"{', '.join(variant.target.name for variant in manifest.variants)}."
+            )
+    elif not host_flags(cpuinfo):
+        variants = variants[::-1]  # a system that does not tell: what asks for least
+    for variant in variants[:-1]:
+        if fits(variant.target, cpuinfo):
+            return variant
+    check_target(variants[-1].target, cpuinfo)
+    return variants[-1]
+
+
+def fits(target: Target, cpuinfo: Path = _CPUINFO) -> bool:
+    """Tell whether this machine can run a variant."""
+    try:
+        check_target(target, cpuinfo)
+    except ArtefactError:
+        return False
+    return True
+
+
+def check_target(target: Target, cpuinfo: Path = _CPUINFO) -> None:
+    """Refuse code for another architecture, or for features this CPU lacks."""
     if target.device_type != _CPU:
         raise ArtefactError(
             f"This artefact was compiled for {target.name} ({target.kind}), which this release's "

@@ -16,8 +16,10 @@ from typing import Any, Union, get_args, get_origin, get_type_hints
 from gqsa_compiler.runtime.errors import ArtefactError
 
 FORMAT = "gqsa-artefact"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 MANIFEST_FILE = "manifest.json"
+_MOST_BYTES = 100_000_000  # of the file; a model of 1000 layers takes 3 MB
+_MOST_VARIANTS = 64
 _PAGE_MULTIPLE = 8  # what the attention kernels need
 _INT64 = 1 << 63
 SCORE_ROWS = 64
@@ -39,7 +41,7 @@ class Versions:
 
 @dataclass(frozen=True)
 class Target:
-    """The machine that `model.so` was compiled for.
+    """The machine that a library was compiled for.
 
     `flags` are the CPU features it uses, by their names in /proc/cpuinfo; `device_type` is
     DLPack's number (1 is the CPU).
@@ -59,6 +61,14 @@ class Library:
 
     file: str
     sha256: str
+
+
+@dataclass(frozen=True)
+class Variant:
+    """The code for one target; all variants of an artefact read the same parameters."""
+
+    target: Target
+    library: Library
 
 
 @dataclass(frozen=True)
@@ -92,7 +102,7 @@ class KVCacheInfo:
 
 @dataclass(frozen=True)
 class Memory:
-    """The memory plan, in bytes."""
+    """The memory plan, in bytes; the workspace is that of the variant that needs most."""
 
     weights_bytes: int
     kv_cache_bytes_per_token: int
@@ -113,8 +123,9 @@ class Parameter:
 class Kernel:
     """Which kernel serves a layer, for reports; the runtime does not need it to run.
 
-    `weight` says how the checkpoint stores the weights (for instance ``bsr-int3``: groups of 3-bit
-    codes); `bytes` is what one pass over the kernel's packed copy reads.
+    `config` is what the first variant's code was built with. `weight` says how the checkpoint
+    stores the weights (for instance ``bsr-int3``: groups of 3-bit codes); `bytes` is what one pass
+    over the kernel's packed copy reads.
     """
 
     layer: str
@@ -132,12 +143,14 @@ class Kernel:
 
 @dataclass(frozen=True)
 class Manifest:
-    """The whole of `manifest.json`, format version 1."""
+    """The whole of `manifest.json`, format version 2.
+
+    `variants` are in order of preference, the most capable machine's first.
+    """
 
     producer: str
     versions: Versions
-    target: Target
-    library: Library
+    variants: tuple[Variant, ...]
     model: ModelInfo
     kv_cache: KVCacheInfo
     memory: Memory
@@ -159,12 +172,15 @@ class Manifest:
         if not isinstance(data, Mapping) or data.get("format") != FORMAT:
             raise ArtefactError(f"{where} is not the manifest of a GQSA artefact.")
         version = data.get("format_version")
-        if version != FORMAT_VERSION or type(version) is not int:
+        if version not in (1, FORMAT_VERSION) or type(version) is not int:
             raise ArtefactError(
-                f"{where} has artefact format version {version!r} and this runtime reads version "
-                f"{FORMAT_VERSION}; compile the model again with this release of gqsa."
+                f"{where} has artefact format version {version!r} and this runtime reads versions "
+                f"1 and {FORMAT_VERSION}; compile the model again with this release of gqsa."
             )
         body = {k: v for k, v in data.items() if k not in ("format", "format_version")}
+        if version == 1 and "variants" not in body:
+            # Version 1 had the keys of the one variant at the top.
+            body["variants"] = [{k: body.pop(k) for k in ("target", "library") if k in body}]
         manifest: Manifest = _decode(cls, body, where, "")
         manifest._check(where)
         return manifest
@@ -187,6 +203,9 @@ class Manifest:
         if not path.parent.is_dir():
             raise ArtefactError(f"There is no artefact at {directory}: no such directory.")
         try:
+            size = path.stat().st_size
+            if size > _MOST_BYTES:
+                raise ValueError(f"it has {size} bytes, and at most {_MOST_BYTES} are read")
             text = path.read_text(encoding="utf-8")
             data = json.loads(text, object_pairs_hook=_distinct)
         except FileNotFoundError:
@@ -204,7 +223,16 @@ class Manifest:
         (Path(directory) / MANIFEST_FILE).write_text(text + "\n", encoding="utf-8")
 
     def _check(self, where: str) -> None:
-        for name in (self.library.file, self.parameters_file):
+        if not 1 <= len(self.variants) <= _MOST_VARIANTS:
+            raise ArtefactError(
+                f"{where} lists {len(self.variants)} variants; 1 to {_MOST_VARIANTS} are allowed."
+            )
+        files = [v.library.file for v in self.variants]
+        for values in ([v.target.name for v in self.variants], [*files, self.parameters_file]):
+            twice = [value for value in values if values.count(value) > 1]
+            if twice:
+                raise ArtefactError(f"{where} names {twice[0]!r} twice.")
+        for name in (*files, self.parameters_file):
             if name in ("", ".", "..") or "/" in name or "\\" in name or "\0" in name:
                 raise ArtefactError(f"{where} names the file {name!r}, which is not a plain name.")
         model, cache = self.model, self.kv_cache

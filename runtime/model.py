@@ -29,6 +29,7 @@ def load(
     verify: bool = True,
     context_length: int | None = None,
     max_batch: int | None = None,
+    variant: str | None = None,
 ) -> Model:
     """Load a compiled artefact.
 
@@ -42,19 +43,22 @@ def load(
         Compare every parameter's SHA-256 with the manifest's: one read of the whole file.
     context_length, max_batch : int, optional
         Smaller limits than the artefact was compiled with, to save memory.
+    variant : str, optional
+        Target name of the code to run, where the artefact has code for several; the best that
+        this machine can run unless given.
 
     Raises
     ------
     ArtefactError
         The artefact is damaged, of another format version, or for another machine.
     UsageError
-        A limit is out of range.
+        A limit is out of range, or there is no such variant.
 
     """
     path = Path(directory)
     return Model(
         path,
-        Program(path, Manifest.read(path), verify=verify),
+        Program(path, Manifest.read(path), verify=verify, variant=variant),
         threads=threads,
         context_length=context_length,
         max_batch=max_batch,
@@ -212,6 +216,11 @@ class Model:
         return Session(
             self._program, threads=threads, context_length=context_length, max_batch=max_batch
         )
+
+    @property
+    def variant(self) -> str:
+        """Target name of the code that runs."""
+        return self._program.variant.target.name
 
     @property
     def context_length(self) -> int:

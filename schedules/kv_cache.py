@@ -11,6 +11,9 @@ module together with the function that creates the object. What was tried and fa
   kernel from the call.
 - RoPE inside the cache knows one theta a model and not Gemma 3's two: RoPE is applied before,
   mode NONE.
+- The runtime has one dtype for pages, q, k, v and attention's output. Only the kernels know that
+  a cache is float16; see `schedules/generic/kv_pages.py`. What reads pages without a kernel of ours
+  (export and import of a sequence's pages) would take them for float32.
 - Token trees (speculative decoding) are not supported: their two kernels are left out, which
   the runtime reports when asked for them.
 """
@@ -19,7 +22,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from gqsa_compiler._tvm import PyExprMutator, StringImm, mutator, relax, tirx, tvm
 from gqsa_compiler.errors import CompileError
@@ -27,11 +30,15 @@ from gqsa_compiler.schedules.generic import kv_cache as kernels
 from gqsa_compiler.schedules.generic.attention_common import AttentionShape
 from gqsa_compiler.schedules.generic.attention_decode import attention_decode
 from gqsa_compiler.schedules.generic.attention_prefill import attention_prefill
+from gqsa_compiler.schedules.generic.config import has_native_half
 from gqsa_compiler.schedules.generic.emit import vector_lanes
 from gqsa_compiler.targets import TargetSpec
 
 AttentionKind = Literal["mha", "mha_sliding"]
 """All earlier keys, or those of a window."""
+
+CacheDtype = Literal["float16", "float32"]
+DTYPES: tuple[CacheDtype, ...] = get_args(CacheDtype)
 
 CREATE = "create_kv_cache"
 _ATTENTION = "vm.builtin.attention_kv_cache_attention_with_fused_qkv"
@@ -51,7 +58,7 @@ class KVCacheSpec:
     sliding_window : int or None
         W of the sliding layers: query i sees key j when i - W < j <= i.
     dtype : str
-        Of the cache: ``float32``.
+        Of keys and values in the pages: ``float32`` or ``float16``.
     page_size : int
         Tokens a page.
 
@@ -67,7 +74,7 @@ class KVCacheSpec:
     head_dim: int
     attn_kinds: tuple[AttentionKind, ...]
     sliding_window: int | None = None
-    dtype: str = "float32"
+    dtype: CacheDtype = "float32"
     page_size: int = 16
 
     def __post_init__(self) -> None:
@@ -80,13 +87,16 @@ class KVCacheSpec:
             )
         if "mha_sliding" in self.attn_kinds and not (self.sliding_window or 0) > 0:
             raise CompileError("A layer has a sliding window but its size is not given.")
-        if self.dtype != "float32":
-            raise CompileError(f"A KV cache of {self.dtype} is not supported; use float32.")
+        if self.dtype not in DTYPES:
+            raise CompileError(
+                f"A KV cache of {self.dtype} is not supported; use {' or '.join(DTYPES)}."
+            )
 
     @property
     def bytes_per_token(self) -> int:
         """Bytes of cache that one token takes in all layers."""
-        return self.num_layers * 2 * self.num_key_value_heads * self.head_dim * 4
+        size = 2 if self.dtype == "float16" else 4
+        return self.num_layers * 2 * self.num_key_value_heads * self.head_dim * size
 
 
 @mutator
@@ -182,6 +192,8 @@ def _arguments(
         page_size=spec.page_size,
         window=(spec.sliding_window or 0) if "mha_sliding" in kinds else 0,
         lanes=vector_lanes(target),
+        half=spec.dtype == "float16",
+        native_half=has_native_half(target),
     )
 
     def add(name: str, function: Any) -> Any:
@@ -205,7 +217,7 @@ def _arguments(
         number(1.0),
         number(10000.0),
         number(0),  # RoPE factors; a tensor would be taken for some
-        relax.op.zeros((), spec.dtype),
+        relax.op.zeros((), "float32"),  # a float16 cache too, see generic/kv_pages.py
         add("kv_cache_append", kernels.append_kv(shape)),
         number(0),  # append for MLA
         backend("attention_prefill_ragged", attention_prefill(shape, paged=False)),

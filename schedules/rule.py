@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
 
@@ -54,6 +54,10 @@ class ScheduleRule(ABC, Generic[ConfigT]):
         """
         dense = spec.weight == "bsr" and spec.nnz == spec.n * (spec.k // spec.group_size)
         return replace(spec, nnz=spec.nnz if dense else 0)
+
+    def packed_by(self, config: ConfigT) -> Hashable:
+        """Return what of a configuration `pack` depends on."""
+        return config
 
     @abstractmethod
     def applies(self, spec: LinearSpec, target: TargetSpec) -> bool:

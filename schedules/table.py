@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from gqsa_compiler.errors import CompileError, UsageError
@@ -54,6 +55,24 @@ def check_activations(dtype: ActivationDtype, target: TargetSpec) -> None:
             f"There are no kernels with int16 activations for target {target.name}; they need an "
             "x86-64 with AVX2. Choose float32 or int8."
         )
+
+
+def check_shared_weights(dtype: ActivationDtype, targets: Sequence[TargetSpec]) -> None:
+    """Check that code for each of several targets can read the same packed weights.
+
+    Raises
+    ------
+    UsageError
+        It cannot: the generic kernels' layouts depend on the vector width.
+    """
+    first = targets[0]
+    for other in targets[1:]:
+        if dtype != "int16" and other.vector_bits != first.vector_bits:
+            raise UsageError(
+                f"With {dtype} activations the weights are packed differently for {first.name} "
+                f"and {other.name}, whose vectors differ in width; compile an artefact for each, "
+                "or choose int16."
+            )
 
 
 def _x86(target: TargetSpec) -> bool:

@@ -15,6 +15,7 @@ from gqsa_compiler.targets import (
     host_flags,
     host_target,
     parse_target,
+    parse_targets,
 )
 
 # As Linux writes them; the last lines of each are what no kernel of ours asks for.
@@ -149,3 +150,33 @@ def test_other_systems_names_of_an_architecture(
 def test_unknown_name_lists_the_known() -> None:
     with pytest.raises(UsageError, match=r"Unknown target 'x86'; choose one of cpu, x86-64-v3"):
         parse_target("x86")
+
+
+@pytest.mark.parametrize("names", ["x86-64-v3,x86-64-v4", "x86-64-v4, x86-64-v3"])
+def test_several_targets_come_with_the_most_capable_first(names: str) -> None:
+    assert parse_targets(names) == (parse_target("x86-64-v4"), parse_target("x86-64-v3"))
+    arm = parse_targets("aarch64,aarch64-i8mm")
+    assert [target.name for target in arm] == ["aarch64-i8mm", "aarch64"]
+    assert parse_targets("aarch64") == (parse_target("aarch64"),)
+
+
+@pytest.mark.parametrize(
+    ("names", "words"),
+    [
+        ("x86-64-v3,x86-64-v3", "name x86-64-v3 twice; name it once"),
+        ("x86-64-v3,x86-64-v5", "Unknown target 'x86-64-v5'; choose one of"),
+        ("x86-64-v3,", "Unknown target ''; choose one of"),
+        ("x86-64-v3,aarch64", "x86-64-v3 and aarch64 are different architectures"),
+    ],
+)
+def test_targets_that_make_no_artefact(names: str, words: str) -> None:
+    with pytest.raises(UsageError, match=words):
+        parse_targets(names)
+
+
+def test_two_names_of_one_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("gqsa_compiler.targets.host_arch", lambda: "x86_64")
+    monkeypatch.setattr("gqsa_compiler.targets.host_flags", lambda: frozenset(V3.split()))
+    with pytest.raises(UsageError, match="x86-64-v3 and cpu mean the same code here"):
+        parse_targets("x86-64-v3,cpu")
+    assert [target.name for target in parse_targets("cpu,x86-64-v4")] == ["x86-64-v4", "cpu"]

@@ -2,27 +2,18 @@
 
 from __future__ import annotations
 
-import os
-import platform
-import re
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
-from datetime import datetime, timezone
-from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 from typing import Any
 
-from gqsa_compiler.runtime.cpus import allowed_cpus, default_threads, host_flags
+from machine import describe
+
 from gqsa_compiler.units import bytes_text
 
 Run = dict[str, Any]
 
 RATES = ("decode_tokens_per_second", "prefill_tokens_per_second")
-_PACKAGES = ("gqsa-compiler", "apache-tvm", "apache-tvm-ffi", "numpy")
-# Features that decide which kernels either side has.
-_FLAGS = re.compile(r"avx|f16c|fma$|amx|asimd|i8mm|bf16|sve")
-_ENVIRONMENT = re.compile(r"(OMP|GOMP|KMP|TVM|GGML|LLAMA)_")
 
 
 @dataclass(frozen=True)
@@ -103,20 +94,7 @@ def machine(llama: dict[str, str]) -> dict[str, Any]:
     llama : dict
         What llama.cpp's side says of itself.
     """
-    return {
-        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "cpu": _cpu_name(),
-        "features": sorted(flag for flag in host_flags() if _FLAGS.match(flag)),
-        "cores": default_threads(),
-        "cpus": len(allowed_cpus()),
-        "memory_bytes": os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"),
-        "load_average": os.getloadavg()[0],
-        "system": platform.platform(),
-        "python": platform.python_version(),
-        "versions": {name: _version(name) for name in _PACKAGES},
-        "llama.cpp": llama,
-        "environment": {k: v for k, v in os.environ.items() if _ENVIRONMENT.match(k)},
-    }
+    return {**describe(), "llama.cpp": llama}
 
 
 def table(result: dict[str, Any]) -> str:
@@ -155,18 +133,3 @@ def table(result: dict[str, Any]) -> str:
 
 def _ratio(value: float | None) -> str:
     return "" if value is None else f"{value:.2f}"
-
-
-def _cpu_name(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
-    try:
-        found = re.search(r"^model name\s*:\s*(.+)$", cpuinfo.read_text(), re.MULTILINE)
-    except OSError:
-        found = None
-    return found[1].strip() if found else platform.processor() or platform.machine()
-
-
-def _version(package: str) -> str:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return "unknown"

@@ -69,6 +69,7 @@ def bench(
         ("read rate", f"{rate}/s ({share} measured here)"),
         ("peak memory", bytes_text(result.peak_memory_bytes)),
         ("threads", str(result.threads)),
+        ("code for", result.variant),
     ):
         print(f"{name:<13}{value}")
     if result.profile is not None:

@@ -1,7 +1,8 @@
-"""`gqsa compile`, also `gqsa-compile`: a checkpoint becomes an artefact for one target."""
+"""`gqsa compile`, also `gqsa-compile`: a checkpoint becomes an artefact."""
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -19,7 +20,10 @@ def compile_(
     model: options.Model,
     target: Annotated[
         str,
-        typer.Option(help="cpu (this machine), x86-64-v3, x86-64-v4, aarch64 or aarch64-i8mm."),
+        typer.Option(
+            help="cpu (this machine), x86-64-v3, x86-64-v4, aarch64 or aarch64-i8mm; several with "
+            "commas between them: code for each, and one copy of the weights."
+        ),
     ] = "cpu",
     output: Annotated[
         Path | None,
@@ -55,6 +59,13 @@ def compile_(
         Literal["int8", "stored"],
         typer.Option(help="The language-model head of a compressed model: 8 bits, or as stored."),
     ] = "int8",
+    kv_cache: Annotated[
+        Literal["float16", "float32"],
+        typer.Option(
+            help="What keys and values of earlier tokens are kept in; float16 takes half the "
+            "memory."
+        ),
+    ] = "float16",
     bundle: Annotated[
         bool,
         typer.Option("--bundle", help="Add TVM's runtime libraries (8 MB): no TVM is needed then."),
@@ -71,16 +82,19 @@ def compile_(
     verbose: options.Verbose = False,
 ) -> None:
     """Compile MODEL for a target; ends with a report of what runs on which kernel."""
-    from gqsa_compiler.targets import parse_target
+    from gqsa_compiler.targets import parse_targets
 
-    spec = parse_target(target)
+    specs = parse_targets(target)
     directory = output if output is not None else default_output(model, target)
     check_output(directory, overwrite, protect=(model,))
     show_settings(
         "compile",
         {
             "model": model,
-            "target": f"{target} ({spec.cpu}{''.join(f' +{f}' for f in spec.features)})",
+            "target": ", ".join(
+                f"{spec.name} ({spec.cpu}{''.join(f' +{f}' for f in spec.features)})"
+                for spec in specs
+            ),
             "output": directory,
             "recipe": recipe,
             "context": context or "the model's, at most 2048",
@@ -88,6 +102,7 @@ def compile_(
             "prefill chunk": prefill_chunk,
             "activations": activations,
             "head": head,
+            "KV cache": kv_cache,
             "bundle": bundle,
             "no fallback": no_fallback,
             "debug dump": debug_dump,
@@ -107,6 +122,7 @@ def compile_(
         max_batch=max_batch,
         activations=activations,
         head=head,
+        kv_cache=kv_cache,
         bundle=bundle,
         no_fallback=no_fallback,
         debug_dump=debug_dump,
@@ -130,4 +146,4 @@ def compile_(
 def default_output(model: str, target: str) -> Path:
     """Name the artefact of a model: its last part and the target's, in the current directory."""
     name = Path(model).resolve().name if Path(model).is_dir() else model.rsplit("/", 1)[-1]
-    return Path(f"{name.removesuffix('.gguf')}-{target.replace(':', '-').replace('/', '-')}")
+    return Path(f"{name.removesuffix('.gguf')}-{re.sub('[ :/,]+', '-', target.strip())}")

@@ -36,7 +36,8 @@ def print_report(report: dict[str, Any]) -> None:
         print(f"\nbits a weight of the sparse layers, packed   {report['bits_per_weight']:.3f}")
     print(f"read to decode a token   {bytes_text(report['bytes_per_token'])}")
     print(
-        f"KV cache                 {bytes_text(report['kv_cache_bytes_per_token'])} a token\n"
+        f"KV cache                 {bytes_text(report['kv_cache_bytes_per_token'])} a token, "
+        f"{report['kv_cache_dtype']}\n"
         f"workspace                {bytes_text(report['workspace_bytes'])}\n"
     )
     _print_kernels(report)

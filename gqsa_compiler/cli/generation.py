@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_type_hints
 
 from gqsa_compiler.cli import options
-from gqsa_compiler.cli.console import progress
+from gqsa_compiler.cli.console import note, progress
 
 if TYPE_CHECKING:
     from gqsa_compiler.runtime import Generation, Model
@@ -74,13 +74,16 @@ def load_one(directory: Path, shared: Shared) -> Model:
     # Checking the hashes of a large model reads gigabytes.
     with progress(transient=True) as report_progress:
         report_progress("Loading the model", 0, 0)
-        return load(
+        model = load(
             directory,
             threads=shared.threads,
             verify=not shared.no_verify,
             context_length=shared.context,
             max_batch=1,
         )
+    if len(model.manifest.variants) > 1:
+        note(f"Running the code for {model.variant}.")
+    return model
 
 
 def figures(result: Generation) -> str:

@@ -25,14 +25,14 @@ def inspect(
     verbose: options.Verbose = False,
 ) -> None:
     """Show the layers of a checkpoint, or the manifest of an artefact."""
-    from gqsa_compiler.inspect import inspect_path
+    from gqsa_compiler.inspect import inspect_path, variant_here
     from gqsa_compiler.runtime.manifest import is_artefact
 
     found = inspect_path(path)
     if json:
         emit_json(found)
     elif is_artefact(path):
-        _show_artefact(found)
+        _show_artefact(found, variant_here(path))
     else:
         _show_checkpoint(found)
 
@@ -61,13 +61,19 @@ def _show_checkpoint(found: dict[str, Any]) -> None:
     )
 
 
-def _show_artefact(found: dict[str, Any]) -> None:
+def _show_artefact(found: dict[str, Any], here: str | None) -> None:
+    """Print a manifest; `here` is the variant that this machine runs."""
     from rich.table import Table
 
-    model, target = found["model"], found["target"]
-    print(f"{model['name']} ({model['architecture']}) for {target['name']}: {target['triple']}")
+    model, targets = found["model"], [variant["target"] for variant in found["variants"]]
+    names = ", ".join(target["name"] for target in targets)
+    print(f"{model['name']} ({model['architecture']}) for {names}: {targets[0]['triple']}")
     print(f"made by         {found['producer']}, TVM {found['versions']['tvm']}")
-    print(f"CPU features    {' '.join(target['flags']) or 'none beyond the base'}")
+    for target in targets:
+        title = "CPU features" if len(targets) == 1 else target["name"]
+        print(f"{title:<16}{' '.join(target['flags']) or 'none beyond the base'}")
+    if len(targets) > 1:
+        print(f"runs here       {here or 'none of them'}")
     print(
         f"limits          context {model['context_length']} tokens, "
         f"{model['max_batch']} sequences, prefill in chunks of {model['prefill_chunk']}"
@@ -76,7 +82,7 @@ def _show_artefact(found: dict[str, Any]) -> None:
     cache = memory["kv_cache_bytes_per_token"]
     print(
         f"memory          weights {bytes_text(memory['weights_bytes'])}, "
-        f"KV cache {bytes_text(cache)} a token "
+        f"KV cache ({found['kv_cache']['dtype']}) {bytes_text(cache)} a token "
         f"({bytes_text(cache * model['context_length'])} for one full context), "
         f"workspace {bytes_text(memory['workspace_bytes'])}"
     )

@@ -16,10 +16,8 @@ from gqsa_compiler.errors import CompileError
 from gqsa_compiler.schedules.generic.emit import (
     Buffer,
     Expr,
-    argument,
     broadcast,
     const,
-    extent,
     local,
     scalar,
 )
@@ -49,6 +47,10 @@ class AttentionShape:
         where no layer has one. A call means such a layer when its ``sm_scale`` is negative.
     lanes : int
         Floats of the widest vector: 16, 8 or 4.
+    half : bool
+        The pages hold float16; attention itself is float32 all the same.
+    native_half : bool
+        The target converts float16 in one instruction.
 
     Raises
     ------
@@ -62,6 +64,8 @@ class AttentionShape:
     page_size: int
     window: int
     lanes: int
+    half: bool = False
+    native_half: bool = False
 
     def __post_init__(self) -> None:
         if self.num_kv_heads <= 0 or self.num_heads % self.num_kv_heads:
@@ -123,12 +127,6 @@ class AttentionShape:
 def largest_divisor(number: int, most: int) -> int:
     """Return the largest divisor of `number` that is at most `most`."""
     return max(i for i in range(1, most + 1) if number % i == 0)
-
-
-def pages_argument(shape: AttentionShape) -> Buffer:
-    """Declare the cache's pages as the function's next argument."""
-    kv_heads, page, dim = shape.num_kv_heads, shape.page_size, shape.head_dim
-    return argument("pages", (extent("num_pages"), 2, kv_heads, page, dim))
 
 
 def table_argument(name: str, *shape: Any) -> Buffer:

@@ -16,7 +16,6 @@ from gqsa_compiler.schedules.generic.attention_common import (
     AttentionShape,
     exp2,
     largest_divisor,
-    pages_argument,
     rope_arguments,
     table_argument,
     tile_buffers,
@@ -37,6 +36,7 @@ from gqsa_compiler.schedules.generic.emit import (
     span,
     store,
 )
+from gqsa_compiler.schedules.generic.kv_pages import Pages, pages_argument
 from gqsa_compiler.schedules.generic.math import LOG2_E
 
 _SHARE = 128  # keys of a share: few enough to split some hundred keys between cores
@@ -63,7 +63,7 @@ def attention_decode(shape: AttentionShape) -> Any:
     batch, used_pages = extent("batch", "int32"), extent("used_pages", "int32")
     with scheduled() as builder:
         q = argument("q", (batch, heads, dim))
-        pages = pages_argument(shape)
+        stored = pages_argument(shape)
         page_indptr = table_argument("page_indptr", batch + 1)
         page_values = table_argument("page_values", used_pages)
         length = table_argument("length", batch)
@@ -72,6 +72,7 @@ def attention_decode(shape: AttentionShape) -> Any:
         output = argument("output", (batch, heads, dim))
         lse = argument("lse", (batch, heads))
         sm_scale = rope_arguments()
+        pages = Pages.of(shape, stored)
         # The keys a sequence sees, low + 1 : kv_len of its pages, and its first share.
         low = B.alloc_buffer((batch,), "int32")
         kv_len = B.alloc_buffer((batch,), "int32")
@@ -186,7 +187,7 @@ class _Share:
     """One task: share `s` of a sequence's pages, for key/value head `h`; methods emit code."""
 
     def __init__(
-        self, shape: AttentionShape, pages: Buffer, partial: _Partial, s: Expr, h: Expr
+        self, shape: AttentionShape, pages: Pages, partial: _Partial, s: Expr, h: Expr
     ) -> None:
         self.shape, self.tiling = shape, _Tiling.of(shape)
         self.pages, self.partial, self.s, self.h = pages, partial, s, h
@@ -240,8 +241,10 @@ class _Share:
                     store(buffer, broadcast(const(0.0, "float32"), tiling.lanes), self._at(i))
             with B.serial(tiling.steps) as s:
                 column = self._at(s)
+                at, lanes = s * tiling.lanes, tiling.lanes
                 lines = [
-                    B.bind(load(self.pages, page, 0, self.h, j + i, column)) for i in range(count)
+                    B.bind(self.pages.load(page, 0, self.h, j + i, at, lanes=lanes))
+                    for i in range(count)
                 ]
                 for g, buffer in enumerate(acc):
                     query = B.bind(load(self.queries, t * tiling.heads + g, column))
@@ -277,7 +280,8 @@ class _Share:
         tiling, out = self.tiling, self.partial.out
         grid = (self.shape.group // tiling.heads, tiling.steps // tiling.width)
         with B.grid(*grid) as (t, f):
-            columns = [self._at(f * tiling.width + w) for w in range(tiling.width)]
+            starts = [(f * tiling.width + w) * tiling.lanes for w in range(tiling.width)]
+            columns = [span(at, tiling.lanes) for at in starts]
             heads = [t * tiling.heads + g for g in range(tiling.heads)]
             firsts = [(self.s, self.h * self.shape.group + g) for g in heads]
             acc = tile_buffers(tiling.heads, tiling.width, tiling.lanes)
@@ -287,7 +291,7 @@ class _Share:
                     store(buffer, load(out, *at, column) * factor, self._at(w))
             with B.serial(end - begin) as i:
                 line = (page, 1, self.h, begin + i)
-                lines = [B.bind(load(self.pages, *line, column)) for column in columns]
+                lines = [B.bind(self.pages.load(*line, at, lanes=tiling.lanes)) for at in starts]
                 for g, buffer in zip(heads, acc, strict=True):
                     weight = B.bind(broadcast(load(self.scores, g, begin + i), tiling.lanes))
                     for w, value in enumerate(lines):

@@ -14,7 +14,6 @@ from gqsa_compiler._tvm import B
 from gqsa_compiler.schedules.generic.attention_common import (
     MASKED,
     AttentionShape,
-    pages_argument,
     rope_arguments,
     table_argument,
 )
@@ -38,6 +37,7 @@ from gqsa_compiler.schedules.generic.emit import (
     scheduled,
     store,
 )
+from gqsa_compiler.schedules.generic.kv_pages import Pages, pages_argument
 from gqsa_compiler.schedules.generic.math import LOG2_E
 
 _RAGGED_BLOCK = 32  # keys of a block where no page sets it
@@ -97,13 +97,14 @@ def _paged(shape: AttentionShape) -> Any:
     with scheduled() as builder:
         q = argument("q", (tokens, shape.num_heads, shape.head_dim))
         q_indptr = table_argument("q_indptr", batch + 1)
-        pages = pages_argument(shape)
+        stored = pages_argument(shape)
         page_indptr = table_argument("page_indptr", batch + 1)
         page_values = table_argument("page_values", used)
         length = table_argument("length", batch)
         offset = table_argument("offset", batch)
         position = table_argument("position", tokens)
         work = _Work.of(shape, page, batch, q, q_indptr, position, offset)
+        pages = Pages.of(shape, stored)
         total = work.count_tiles()
         with B.parallel(total * shape.num_kv_heads) as task:
             b, row0 = work.find_tile(B.bind(B.floormod(task, total)))
@@ -112,7 +113,7 @@ def _paged(shape: AttentionShape) -> Any:
             filled = (count - 1) * page + load(length, b)
             kv_len = B.bind(B.if_then_else(count > 0, filled, 0))
             h = B.bind(B.floordiv(task, total))
-            work.attend(b, row0, h, kv_len, paged_reader(pages, page_values, begin, h, page))
+            work.attend(b, row0, h, kv_len, paged_reader(pages, page_values, begin, h))
     return builder.get()
 
 
@@ -228,7 +229,8 @@ class _Work:
 
     def _key_block(self, state: State, first: Expr, count: Expr, read: Reader) -> None:
         tiles = Tiles(self.shape)
-        key, value = read(first)
+        keys, values = read(first, count)
+        key = keys()
         key_tile = self.shape.key_tile
         # Whole tiles of scores, then one key at a time.
         whole = B.bind(B.floordiv(count, key_tile))
@@ -241,6 +243,7 @@ class _Work:
             tiles.mask(state, j, first + j)
         tiles.new_maximum(state, count)
         tiles.weights(state, count)
+        value = values()
         with B.serial(self.shape.head_dim // FEATURES) as t:
             tiles.outputs(state, t * FEATURES, count, value)
 

@@ -27,10 +27,13 @@ from gqsa_compiler.schedules.generic.emit import (
     span,
     store,
 )
+from gqsa_compiler.schedules.generic.kv_pages import Pages
 
-# Given a block's first key: how to read K and V, each a scalar of (key in the block, feature).
+# Scalars of K or of V by (key in the block, feature); what emits whatever they need first, to be
+# called where they are used; and both of these for a block, given its first key and their number.
 Scalar = Callable[[Expr, Expr], Expr]
-Reader = Callable[[Expr], tuple[Scalar, Scalar]]
+Fetch = Callable[[], Scalar]
+Reader = Callable[[Expr, Expr], tuple[Fetch, Fetch]]
 
 FEATURES = 8  # features of an output tile; every head_dim is a multiple
 
@@ -153,16 +156,27 @@ class Tiles:
                 store(state.out, load(buffer, self._at(i)), d + i, column)
 
 
-def paged_reader(
-    pages: Buffer, page_values: Buffer, page_begin: Expr, h: Expr, block: int
-) -> Reader:
-    """Read a key/value head of a sequence's pages, each a block."""
+def paged_reader(pages: Pages, page_values: Buffer, page_begin: Expr, h: Expr) -> Reader:
+    """Read a key/value head of a sequence's pages, each a block.
 
-    def read(first: Expr) -> tuple[Scalar, Scalar]:
+    Float16 pages are converted a block at a time: a scalar of them costs as much as a vector.
+    """
+    shape = pages.shape
+    block, dim, lanes = shape.page_size, shape.head_dim, shape.feature_lanes
+    # For K, then for V: the block stays in the first-level cache.
+    floats = B.alloc_buffer((block, dim), "float32") if shape.half else None
+
+    def fetch(page: Expr, kind: int, count: Expr) -> Scalar:
+        if floats is None:
+            return lambda j, d: pages.load(page, kind, h, j, d)
+        with B.grid(count, dim // lanes) as (j, i):
+            value = pages.load(page, kind, h, j, i * lanes, lanes=lanes)
+            store(floats, value, j, i * lanes, lanes=lanes)
+        return lambda j, d: load(floats, j, d)
+
+    def read(first: Expr, count: Expr) -> tuple[Fetch, Fetch]:
         page = B.bind(int64(load(page_values, page_begin + B.floordiv(first, block))))
-        return lambda j, d: load(pages, page, 0, h, j, d), lambda j, d: load(
-            pages, page, 1, h, j, d
-        )
+        return lambda: fetch(page, 0, count), lambda: fetch(page, 1, count)
 
     return read
 
@@ -170,8 +184,11 @@ def paged_reader(
 def ragged_reader(k: Buffer, v: Buffer, kv_begin: Expr, h: Expr) -> Reader:
     """Read a key/value head of a sequence's new keys."""
 
-    def read(first: Expr) -> tuple[Scalar, Scalar]:
+    def fetch(new: Buffer, begin: Expr) -> Scalar:
+        return lambda j, d: load(new, begin + j, h, d)
+
+    def read(first: Expr, _count: Expr) -> tuple[Fetch, Fetch]:
         begin = B.bind(kv_begin + first)
-        return lambda j, d: load(k, begin + j, h, d), lambda j, d: load(v, begin + j, h, d)
+        return lambda: fetch(k, begin), lambda: fetch(v, begin)
 
     return read

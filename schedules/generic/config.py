@@ -19,7 +19,7 @@ class GenericConfig(KernelConfig):
         Pieces of work, spread over the threads at run time: 64, or one an output where there are
         fewer. Fixed when packing, for a machine of any size; threads beyond it have nothing to do.
     lanes : int
-        float32 lanes of a vector register: 4, 8 or 16. Part of the packed layout.
+        float32 lanes of a vector register: 4, 8 or 16. Part of the generic rules' packed layout.
     tiles : tuple of int
         Tokens computed at once, ascending powers of two; each decoded group of weights is used for
         as many tokens. One token has code of its own.

@@ -58,6 +58,9 @@ class GenericDense(ScheduleRule[GenericConfig]):
     layout_version = 1
     reads_stored_layout = True
 
+    def packed_by(self, config: GenericConfig) -> None:
+        """Return nothing: weights stay as they are."""
+
     def applies(self, spec: LinearSpec, target: TargetSpec) -> bool:
         """Say whether this kernel can run `spec` on `target`."""
         return (

@@ -36,8 +36,12 @@ class X86Bsr(ScheduleRule[GenericConfig]):
         Codes that it runs.
     """
 
-    layout_version = 1
+    layout_version = 2
     bits: ClassVar[tuple[int, ...]]
+
+    def packed_by(self, config: GenericConfig) -> int:
+        """Return the number of tasks: the rest is the same for every target."""
+        return config.tasks
 
     def applies(self, spec: LinearSpec, target: TargetSpec) -> bool:
         """Say whether this kernel can run `spec` on `target`."""
@@ -78,6 +82,7 @@ class X86Bsr(ScheduleRule[GenericConfig]):
                 spec,
                 layout,
                 chunks,
+                2 * config.lanes,
                 has_native_half(target),
                 args.params["codes"],
                 args.params["scales"],

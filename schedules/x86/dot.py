@@ -11,6 +11,7 @@ from gqsa_compiler.schedules.generic.emit import (
     const,
     horizontal_sums,
     int64,
+    lanes_of,
     load,
     local,
     pick,
@@ -35,7 +36,7 @@ def row_sums(
     token : Expr
         int64, first token of the tile.
     """
-    if tile < weights.chunks.lanes // 2:
+    if tile < weights.lanes // 2:
         few_tokens(weights, inputs, row, token, tile, sums, at)
     else:
         many_tokens(weights, inputs, row, token, tile, sums, at)
@@ -55,9 +56,12 @@ def few_tokens(
 ) -> None:
     """Lanes are columns: a unit of codes meets its activations of each token in turn."""
     chunks = weights.chunks
-    lanes, half = chunks.lanes, chunks.lanes // 2
+    lanes, half = weights.lanes, weights.lanes // 2
+    vectors = chunks.vectors * chunks.lanes // lanes
     vectors_a_group = max(1, chunks.group_size // lanes)
-    chains = min(2, chunks.vectors // vectors_a_group)
+    # Two sums hide the latency of an addition. AVX2 has registers for both of one token only, and
+    # several tokens hide each other's.
+    chains = min(2, vectors // vectors_a_group) if tile == 1 or lanes == chunks.lanes else 1
     totals = local(tile * chains * half)
     for i in range(tile * chains):
         store(totals, broadcast(const(0.0, "float32"), half), i * half, lanes=half)
@@ -67,17 +71,17 @@ def few_tokens(
         unit = B.bind(begin + i)
         group = B.bind(unit * int64(chunks.groups))
         scales = weights.unit_scales(group, first, last)
-        codes = weights.unit_codes(unit, weights.unit_zeros(group))
+        codes = _registers(weights.unit_codes(unit, weights.unit_zeros(group)), lanes)
         columns = weights.unit_columns(group, first)
         for t in range(tile):
             base = B.bind((token + int64(t)) * int64(weights.spec.k))
-            for run in range(0, chunks.vectors, vectors_a_group):
+            for run in range(0, vectors, vectors_a_group):
                 summed = None
                 for vector in range(run, run + vectors_a_group):
                     x = _activations(weights, inputs, vector, columns, base)
                     products = multiply_pairs(codes[vector], x, lanes)
                     summed = B.bind(products if summed is None else summed + products)
-                factor = weights.spread(scales, run, half)
+                factor = weights.spread(scales, chunks.groups_of(run, lanes), half)
                 slot = (t * chains + run // vectors_a_group % chains) * half
                 value = cast("float32", summed, half)
                 total = fma(value, factor, load(totals, slot, lanes=half))
@@ -95,18 +99,26 @@ def few_tokens(
         done += count
 
 
+def _registers(vectors: list[Expr], lanes: int) -> list[Expr]:
+    """Cut the layout's vectors into those of a register."""
+    starts = range(0, lanes_of(vectors[0]), lanes)
+    if len(starts) == 1:
+        return vectors
+    return [B.bind(pick([v], range(start, start + lanes))) for v in vectors for start in starts]
+
+
 def _activations(
     weights: Weights, inputs: Inputs, vector: int, columns: list[Expr], base: Expr
 ) -> Expr:
-    """Emit the activations of a vector of codes, int16."""
-    chunks = weights.chunks
-    groups = chunks.groups_of(vector)
+    """Emit the activations of a register of codes, int16."""
+    chunks, lanes = weights.chunks, weights.lanes
+    groups = chunks.groups_of(vector, lanes)
     if len(groups) == 1 or weights.layout.full:
-        start = columns[groups[0]] + int64(chunks.column_of(vector))
-        return B.bind(inputs.load(base + start, chunks.lanes))
+        start = columns[groups[0]] + int64(chunks.column_of(vector, lanes))
+        return B.bind(inputs.load(base + start, lanes))
     size = chunks.group_size
     pieces = [inputs.load(base + columns[g], size) for g in groups]
-    return B.bind(pick(pieces, range(chunks.lanes)))
+    return B.bind(pick(pieces, range(lanes)))
 
 
 def many_tokens(
@@ -114,7 +126,7 @@ def many_tokens(
 ) -> None:
     """Lanes are tokens: a pair of codes is copied to all lanes and meets two columns of each."""
     chunks = weights.chunks
-    half = chunks.lanes // 2
+    half = weights.lanes // 2
     vectors = tile // half
     totals = local(tile)
     for v in range(vectors):
@@ -148,7 +160,7 @@ def _group(
     weights: Weights, inputs: Inputs, origin: Expr, inside: Expr, tile: int, totals: Buffer
 ) -> None:
     """Emit a decoded group's products with a tile of tokens, added to `totals`."""
-    lanes, size = weights.chunks.lanes, weights.chunks.group_size
+    lanes, size = weights.lanes, weights.chunks.group_size
     half = lanes // 2
     vectors = tile // half
     scratch = inputs.scratch

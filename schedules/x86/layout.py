@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 import numpy.typing as npt
@@ -27,19 +28,24 @@ class Chunks:
     ----------
     bits : int
         Of a packed code.
-    lanes : int
-        16-bit lanes of a vector register.
     group_size : int
+
+    Attributes
+    ----------
+    lanes : int
+        16-bit lanes of a vector: one register of AVX-512, two of AVX2. The same for every target,
+        so that code for either reads the same bytes.
     """
 
+    lanes: ClassVar[int] = 32
+
     bits: int
-    lanes: int
     group_size: int
 
     @classmethod
     def of(cls, spec: LinearSpec, config: GenericConfig) -> Chunks:
         """Derive the chunks of a layer."""
-        return cls(BsrLayout.of(spec, config).code_bits, 2 * config.lanes, spec.group_size)
+        return cls(BsrLayout.of(spec, config).code_bits, spec.group_size)
 
     @property
     def fields(self) -> int:
@@ -66,16 +72,19 @@ class Chunks:
         """Bytes that are decoded together."""
         return self.chunks * self.lanes
 
-    def groups_of(self, vector: int) -> list[int]:
-        """List the groups, counted in the unit, that the codes of a vector belong to, in order."""
-        if self.group_size >= self.lanes:
-            return [vector * self.lanes // self.group_size]
-        inside = self.lanes // self.group_size
+    def groups_of(self, vector: int, lanes: int) -> list[int]:
+        """List the groups that a vector's codes belong to, in order.
+
+        Groups are counted in the unit, and so are vectors, of so many lanes each.
+        """
+        if self.group_size >= lanes:
+            return [vector * lanes // self.group_size]
+        inside = lanes // self.group_size
         return list(range(vector * inside, (vector + 1) * inside))
 
-    def column_of(self, vector: int) -> int:
-        """Return which element of its group a vector begins with."""
-        return vector * self.lanes % self.group_size
+    def column_of(self, vector: int, lanes: int) -> int:
+        """Return which element of its group a vector of so many lanes begins with."""
+        return vector * lanes % self.group_size
 
     def encode(self, codes: Array) -> Array:
         """Put codes, uint8 [groups, G] in the stream's order, into bytes; `BLOCK` spare groups."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from gqsa_compiler._tvm import B
@@ -25,11 +26,18 @@ from gqsa_compiler.schedules.x86.layout import Chunks
 
 @dataclass(frozen=True)
 class Weights:
-    """A layer's packed tensors inside a kernel."""
+    """A layer's packed tensors inside a kernel.
+
+    Parameters
+    ----------
+    lanes : int
+        16-bit lanes of the target's vector registers.
+    """
 
     spec: LinearSpec
     layout: BsrLayout
     chunks: Chunks
+    lanes: int
     native_half: bool
     codes: Buffer
     scales: Buffer
@@ -141,23 +149,23 @@ class Weights:
                     mask = const((1 << chunks.bits) - 1, "uint16")
                     code = B.bitwise_and(code, broadcast(mask, chunks.lanes))
                 signed = B.reinterpret(f"int16x{chunks.lanes}", code)
-                zero = self.spread(zeros, chunk * chunks.fields + field, chunks.lanes)
+                groups = chunks.groups_of(chunk * chunks.fields + field, chunks.lanes)
+                zero = self.spread(zeros, groups, chunks.lanes)
                 vectors.append(B.bind(signed - zero))
         return vectors
 
-    def spread(self, values: Expr, vector: int, lanes: int) -> Expr:
+    def spread(self, values: Expr, groups: Sequence[int], lanes: int) -> Expr:
         """Give every lane of a vector of codes its group's value.
 
         Parameters
         ----------
         values : Expr
             One a group of the unit.
-        vector : int
-            Which of the unit's vectors.
+        groups : sequence of int
+            Those that the vector's codes belong to.
         lanes : int
             Lanes of the result, which share the groups evenly.
         """
-        groups = self.chunks.groups_of(vector)
         if self.chunks.groups == 1:
             return broadcast(values, lanes)
         # A shuffle may not have more lanes than what it picks from.

@@ -138,6 +138,7 @@ def test_a_report_without_sparse_layers(capsys: pytest.CaptureFixture[str]) -> N
         "bytes_by_kind": {"compressed": 0, "dense_linear": 1000, "tables": 0, "other": 0},
         "bits_per_weight": 0.0,
         "bytes_per_token": 1000,
+        "kv_cache_dtype": "float16",
         "kv_cache_bytes_per_token": 8,
         "workspace_bytes": 16,
         "kernels": [kernel],
@@ -148,6 +149,7 @@ def test_a_report_without_sparse_layers(capsys: pytest.CaptureFixture[str]) -> N
     print_report(report)
     out = capsys.readouterr().out
     assert "bits a weight" not in out
+    assert "8 B a token, float16" in out
     assert "10 linear layers stayed dense and cost 9.0 kB more a token" in out
     assert "and 2 more" in out
     assert "generating code 1 min 01 s" in out
@@ -161,6 +163,7 @@ def test_a_report_without_sparse_layers(capsys: pytest.CaptureFixture[str]) -> N
         ("smollm2-135m", "cpu", "smollm2-135m-cpu"),
         ("owner/Model-1B", "cuda:sm_90", "Model-1B-cuda-sm_90"),
         ("folder/model.Q4_1.gguf", "x86-64-v3", "model.Q4_1-x86-64-v3"),
+        ("owner/Model", "x86-64-v3, x86-64-v4", "Model-x86-64-v3-x86-64-v4"),
     ],
 )
 def test_default_output(model: str, target: str, name: str) -> None:

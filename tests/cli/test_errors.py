@@ -428,7 +428,8 @@ def test_an_artefact_for_another_cpu(gqsa: Gqsa, toy_artefact: Path, tmp_path: P
     copy = shutil.copytree(toy_artefact, tmp_path / "copy")
     manifest = json.loads((copy / "manifest.json").read_text())
     for field, value in (("flags", ["amx_int4"]), ("arch", "riscv64")):
-        changed = {**manifest, "target": {**manifest["target"], field: value}}
+        changed = {**manifest, "variants": [dict(manifest["variants"][0])]}
+        changed["variants"][0]["target"] = {**changed["variants"][0]["target"], field: value}
         (copy / "manifest.json").write_text(json.dumps(changed))
         done = gqsa("run", copy, "-p", "a")
         assert done.code == 1

@@ -181,12 +181,38 @@ def test_inspect_an_artefact(gqsa: Gqsa, toy_artefact: Path) -> None:
     assert done.err == ""
 
 
+def test_an_artefact_with_code_for_several_targets(
+    gqsa: Gqsa, toy_artefact: Path, tmp_path: Path
+) -> None:
+    copy = shutil.copytree(toy_artefact, tmp_path / "copy")
+    manifest = json.loads((copy / "manifest.json").read_text())
+    (first,) = manifest["variants"]
+    other = {
+        "target": {**first["target"], "name": "future", "flags": ["vectors_of_the_future"]},
+        "library": {**first["library"], "file": "model.future.so"},
+    }
+    manifest["variants"] = [other, first]
+    (copy / "manifest.json").write_text(json.dumps(manifest))
+    table = gqsa("inspect", copy).out
+    assert "toy (toy) for future, cpu:" in table
+    assert "future          vectors_of_the_future\n" in table
+    assert "runs here       cpu\n" in table
+    done = gqsa("run", copy, "-p", "a", "--max-tokens", "1")
+    assert (done.code, "Running the code for cpu." in done.err) == (0, True)
+    words = ("--prompt", "4", "--gen", "2", "--repeats", "1", "--json")
+    assert gqsa("bench", copy, *words).json["variant"] == "cpu"
+    manifest["variants"] = [other]
+    (copy / "manifest.json").write_text(json.dumps(manifest))
+    assert gqsa("inspect", copy).code == 0
+    assert "lacks vectors_of_the_future" in gqsa("run", copy, "-p", "a").error
+
+
 def test_inspect_a_manifest_of_another_version(
     gqsa: Gqsa, toy_artefact: Path, tmp_path: Path
 ) -> None:
     copy = shutil.copytree(toy_artefact, tmp_path / "copy")
     path = copy / "manifest.json"
-    path.write_text(path.read_text().replace('"format_version": 1', '"format_version": 9'))
+    path.write_text(path.read_text().replace('"format_version": 2', '"format_version": 9'))
     for words in (("inspect",), ("run", "-p", "a"), ("bench",)):
         done = gqsa(words[0], copy, *words[1:])
         assert done.code == 1

@@ -86,6 +86,17 @@ def test_the_report_accounts_for_every_layer(artefact: Path) -> None:
     assert report["bytes_per_token"] == sum(kinds.values()) - kinds["tables"] + 16 * 4 + row
 
 
+def test_keys_and_values_are_float16_unless_float32_is_asked_for(
+    checkpoint: Path, artefact: Path, tmp_path: Path
+) -> None:
+    report = gqsa_compile(str(checkpoint), tmp_path / "float32", kv_cache="float32")
+    wide, narrow = Manifest.read(tmp_path / "float32").kv_cache, Manifest.read(artefact).kv_cache
+    assert (
+        (wide.dtype, narrow.dtype) == (report.kv_cache_dtype, "float16") == ("float32", "float16")
+    )
+    assert wide.bytes_per_token == 2 * narrow.bytes_per_token == report.kv_cache_bytes_per_token
+
+
 def test_the_head_stays_as_it_is_stored_if_that_is_asked_for(
     checkpoint: Path, tmp_path: Path
 ) -> None:
@@ -153,6 +164,7 @@ def test_a_compressed_model_takes_no_recipe(checkpoint: Path, tmp_path: Path) ->
         ({"max_batch": -1}, "max batch"),
         ({"max_batch": 9, "prefill_chunk": 8}, "max batch is 9, more than the prefill chunk 8"),
         ({"activations": "int4"}, "Unknown activations 'int4'"),
+        ({"kv_cache": "int8"}, "Unknown KV cache 'int8'; choose one of float16, float32"),
     ],
 )
 def test_a_bad_option_is_one_sentence_and_leaves_nothing(

@@ -67,6 +67,8 @@ def test_logits_and_greedy_text_agree_with_pytorch(checkpoint: Path, activations
         str(checkpoint),
         output,
         activations=activations,
+        # Greedy text is the same only where nothing is rounded.
+        kv_cache="float32" if activations == "float32" else "float16",
         head="stored",
         prefill_chunk=CHUNK,
         context_length=128,

@@ -23,6 +23,18 @@ from tests.runtime.toy import edit_manifest
 TARGET = Target("x86-64-v4", "llvm", platform.machine(), ("avx2", "avx512f"), 1, "")
 
 
+def target(manifest: dict[str, Any]) -> dict[str, Any]:
+    """Return what the only variant was compiled for."""
+    found: dict[str, Any] = manifest["variants"][0]["target"]
+    return found
+
+
+def code(manifest: dict[str, Any]) -> dict[str, Any]:
+    """Return the only variant's library."""
+    found: dict[str, Any] = manifest["variants"][0]["library"]
+    return found
+
+
 def write_cpuinfo(directory: Path, flags: str) -> Path:
     path = directory / "cpuinfo"
     path.write_text(f"processor\t: 0\n{flags}\nprocessor\t: 1\n{flags}\n")
@@ -45,15 +57,15 @@ def test_a_system_that_tells_no_flags_is_believed(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        (lambda m: m["target"].update(arch="sparc64"), r"\(sparc64\) and this machine is"),
-        (lambda m: m["target"].update(device_type=2, kind="cuda"), r"\(cuda\), which this release"),
-        (lambda m: m["target"].update(flags=["avx9000"]), "this machine lacks avx9000"),
+        (lambda m: target(m).update(arch="sparc64"), r"\(sparc64\) and this machine is"),
+        (lambda m: target(m).update(device_type=2, kind="cuda"), r"\(cuda\), which this release"),
+        (lambda m: target(m).update(flags=["avx9000"]), "this machine lacks avx9000"),
         (lambda m: m["versions"].update(tvm="0.26.0"), "apache-tvm 0.26.0 and .* is installed"),
         (lambda m: m["versions"].update(tvm_ffi="0.2.0"), "apache-tvm-ffi==0.2.0 or compile again"),
         (lambda m: m["versions"].update(tvm_ffi="0.1.999"), "apache-tvm-ffi 0.1.999 and"),
         (lambda m: m["versions"].update(tvm_ffi="?"), r"apache-tvm-ffi \? and"),
-        (lambda m: m["library"].update(sha256="00"), r"model\.so is damaged"),
-        (lambda m: m["library"].update(file="other.so"), r"there is no .*other\.so"),
+        (lambda m: code(m).update(sha256="00"), r"model\.so is damaged"),
+        (lambda m: code(m).update(file="other.so"), r"there is no .*other\.so"),
         (lambda m: m["parameters"][0].update(sha256="00"), r"embed\.weight in .* is damaged"),
         (lambda m: m["parameters"][0].update(name="x"), "has no parameter x"),
         (lambda m: m.update(parameters_file="other"), r"there is no .*other"),
@@ -111,7 +123,7 @@ def test_library_without_the_functions(copy: Path) -> None:
     """A real shared library that is not ours: one of numpy's serves."""
     shutil.copy(np.linalg._umath_linalg.__file__, copy / "model.so")
     digest = hashlib.sha256((copy / "model.so").read_bytes()).hexdigest()
-    edit_manifest(copy, lambda m: m["library"].update(sha256=digest))
+    edit_manifest(copy, lambda m: code(m).update(sha256=digest))
     with pytest.raises(ArtefactError, match="library is not a compiled model: Module has no"):
         load(copy)
 

@@ -14,12 +14,35 @@ from tests.runtime.toy import edit_manifest
 Change = Callable[[dict[str, Any]], Any]
 
 
+def add_variant(manifest: dict[str, Any], file: str) -> None:
+    """Add code for another target, in a file of that name."""
+    first = manifest["variants"][0]
+    target, library = {**first["target"], "name": "other"}, {**first["library"], "file": file}
+    manifest["variants"].append({"target": target, "library": library})
+
+
+def test_version_1_had_one_variant(copy: Path) -> None:
+    expected = Manifest.read(copy)
+    edit_manifest(copy, lambda m: m.update(format_version=1, **m.pop("variants")[0]))
+    assert Manifest.read(copy) == expected
+    edit_manifest(copy, lambda m: m.pop("target"))
+    with pytest.raises(ArtefactError, match=r"has no variants\[0\]\.target"):
+        Manifest.read(copy)
+
+
+def test_a_manifest_of_absurd_size_is_not_read(copy: Path) -> None:
+    with (copy / "manifest.json").open("r+b") as file:
+        file.truncate(100_000_001)
+    with pytest.raises(ArtefactError, match="100000001 bytes, and at most 100000000 are read"):
+        Manifest.read(copy)
+
+
 def test_round_trip(artefact: Path, tmp_path: Path) -> None:
     manifest = Manifest.read(artefact)
     manifest.write(tmp_path)
     assert Manifest.read(tmp_path) == manifest
     data = json.loads((tmp_path / "manifest.json").read_text())
-    assert (data["format"], data["format_version"]) == ("gqsa-artefact", 1)
+    assert (data["format"], data["format_version"]) == ("gqsa-artefact", 2)
     assert data["model"]["eos_token_ids"] == [0]
     assert data["kernels"][0]["config"] == {"tile": 4}
 
@@ -28,11 +51,19 @@ def test_round_trip(artefact: Path, tmp_path: Path) -> None:
     ("change", "words"),
     [
         (lambda m: m.update(format="onnx"), "not the manifest of a GQSA artefact"),
-        (lambda m: m.update(format_version=2), "version 2 and this runtime reads version 1"),
+        (lambda m: m.update(format_version=3), "version 3 and this runtime reads versions 1 and"),
         (lambda m: m.update(format_version=True), "format version True"),
         (lambda m: m.update(format_version=1.0), "format version 1.0"),
         (lambda m: m.pop("format_version"), "format version None"),
-        (lambda m: m.pop("target"), "has no target"),
+        (lambda m: m.pop("variants"), "has no variants"),
+        (lambda m: m.update(variants=[]), "lists 0 variants; 1 to 64 are allowed"),
+        (lambda m: m.update(variants=m["variants"] * 65), "lists 65 variants"),
+        (lambda m: m["variants"].append(m["variants"][0]), "names 'cpu' twice"),
+        (lambda m: add_variant(m, file="model.so"), r"names 'model\.so' twice"),
+        (lambda m: add_variant(m, file="params.safetensors"), "names 'params.safetensors' twice"),
+        (lambda m: add_variant(m, file="../model.so"), "not a plain name"),
+        (lambda m: m["variants"][0].pop("target"), r"has no variants\[0\]\.target"),
+        (lambda m: m.update(target={}), "has the unknown key target"),
         (lambda m: m["model"].pop("prefill_chunk"), "has no model.prefill_chunk"),
         (lambda m: m["model"].update(rope="yes"), "unknown key model.rope"),
         (lambda m: m["model"].update(vocab_size="9"), "model.vocab_size should be int"),
@@ -54,7 +85,7 @@ def test_round_trip(artefact: Path, tmp_path: Path) -> None:
         (lambda m: m["kv_cache"].update(page_size=3), "page_size is 3 and must be a multiple"),
         (lambda m: m.update(bytes_per_token=10**400), "bytes_per_token does not fit"),
         (lambda m: m.update(parameters_file="../x"), "not a plain name"),
-        (lambda m: m["library"].update(file="/bin/sh"), "not a plain name"),
+        (lambda m: m["variants"][0]["library"].update(file="/bin/sh"), "not a plain name"),
     ],
 )
 def test_what_does_not_fit_is_refused(copy: Path, change: Change, words: str) -> None:

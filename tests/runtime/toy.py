@@ -138,8 +138,10 @@ def write_artefact(directory: Path) -> list[tuple[str, np.ndarray]]:
     mf.Manifest(
         producer="tests",
         versions=mf.Versions(version("apache-tvm"), version("apache-tvm-ffi")),
-        target=mf.Target("cpu", "llvm", spec.arch, spec.required_flags, 1, spec.triple),
-        library=mf.Library("model.so", digest),
+        variants=(mf.Variant(
+            mf.Target("cpu", "llvm", spec.arch, spec.required_flags, 1, spec.triple),
+            mf.Library("model.so", digest),
+        ),),
         model=mf.ModelInfo(
             name="toy", architecture="toy", vocab_size=VOCAB, hidden_size=HIDDEN,
             num_layers=LAYERS, num_key_value_heads=KV_HEADS, head_dim=HEAD_DIM,

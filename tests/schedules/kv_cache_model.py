@@ -90,6 +90,21 @@ def attention(
     return np.einsum("hij,jhd->ihd", weights, v)
 
 
+def rounded(spec: KVCacheSpec, tokens: Array) -> Array:
+    """Return tokens [n, heads, D] as a cache sees them: its keys and values rounded."""
+    if spec.dtype == "float32":
+        return tokens
+    limit = np.finfo(np.float16).max
+    keys_and_values = tokens[:, spec.num_attention_heads :].clip(-limit, limit)
+    return np.concatenate(
+        [
+            tokens[:, : spec.num_attention_heads],
+            keys_and_values.astype(np.float16).astype(np.float32),
+        ],
+        axis=1,
+    )
+
+
 @dataclass
 class Pair:
     """The real cache and, beside it, what it should hold."""
@@ -145,7 +160,8 @@ class Pair:
         self.call("kv_state_end_forward")
         error, start = 0.0, 0
         for number, rows in zip(numbers, new, strict=True):
-            tokens = self.sequences[number] = np.concatenate([self.sequences[number], rows])
+            kept = rounded(self.spec, rows)
+            tokens = self.sequences[number] = np.concatenate([self.sequences[number], kept])
             for layer, kind in enumerate(self.spec.attn_kinds):
                 window = self.spec.sliding_window if kind == "mha_sliding" else None
                 want = attention(self.spec, tokens, len(rows), window)

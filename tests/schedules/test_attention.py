@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import cache
 from typing import Any
 
@@ -21,26 +22,30 @@ from gqsa_compiler.schedules.generic.attention_common import (
 )
 from gqsa_compiler.schedules.generic.attention_decode import attention_decode
 from gqsa_compiler.schedules.generic.attention_prefill import attention_prefill
+from gqsa_compiler.schedules.generic.config import has_native_half
 from gqsa_compiler.schedules.generic.emit import span, vector_lanes
 from gqsa_compiler.schedules.generic.kv_cache import compact_copy, copy_page, merge_states
 from gqsa_compiler.targets import parse_target
 
 SHAPE = AttentionShape(6, 2, 32, page_size=8, window=5, lanes=vector_lanes(parse_target("cpu")))
 SCALE = SHAPE.head_dim**-0.5
+HALF_OR_NOT = pytest.mark.parametrize("half", [False, True], ids=["float32", "float16"])
 LENGTHS = st.lists(st.integers(0, 40), min_size=1, max_size=5)
 Array = npt.NDArray[Any]
 
 
 @cache
-def kernel(name: str) -> Any:
+def kernel(name: str, half: bool = False) -> Any:
     """Compile one kernel for this machine."""
+    native = has_native_half(parse_target("cpu"))
+    shape = replace(SHAPE, half=half, native_half=native)
     build = {
-        "ragged": lambda: attention_prefill(SHAPE, paged=False),
-        "paged": lambda: attention_prefill(SHAPE, paged=True),
-        "decode": lambda: attention_decode(SHAPE),
-        "merge": lambda: merge_states(SHAPE),
-        "copy": lambda: copy_page(SHAPE),
-        "compact": lambda: compact_copy(SHAPE),
+        "ragged": lambda: attention_prefill(shape, paged=False),
+        "paged": lambda: attention_prefill(shape, paged=True),
+        "decode": lambda: attention_decode(shape),
+        "merge": lambda: merge_states(shape),
+        "copy": lambda: copy_page(shape),
+        "compact": lambda: compact_copy(shape),
     }[name]
     module = tvm.IRModule({"main": build().with_attr("global_symbol", "main")})
     return tvm.compile(module, Target(parse_target("cpu").tvm_dict()))["main"]
@@ -67,11 +72,16 @@ def compare(out: Array, lse: Array, want: Array, want_lse: Array) -> None:
     assert np.all(np.isfinite(out))
 
 
+def half_view(stored: Array) -> Array:
+    """Return the float16 pages that float32 pages hold, in the first half of the memory."""
+    return stored.reshape(-1).view(np.float16)[: stored.size].reshape(stored.shape)
+
+
 class Batch:
     """Random sequences: q and new k, v, and the same number of pages of history."""
 
-    def __init__(self, lengths: list[int], history: list[int], seed: int = 0) -> None:
-        rng = np.random.default_rng(seed)
+    def __init__(self, lengths: list[int], history: list[int], half: bool = False) -> None:
+        rng = np.random.default_rng(0)
 
         def normal(*shape: int) -> Array:
             return rng.standard_normal(shape).astype(np.float32)
@@ -86,12 +96,13 @@ class Batch:
         self.page_indptr = np.cumsum([0, *counts]).astype(np.int32)
         used = int(self.page_indptr[-1])
         # Slots that no key fills hold NaN: nothing may come of them.
-        self.pages = np.full((used + 2, 2, keys, page, dim), np.nan, np.float32)
+        self.stored = np.full((used + 2, 2, keys, page, dim), np.nan, np.float32)
+        self.pages = half_view(self.stored) if half else self.stored
         self.page_values = rng.permutation(used + 2)[:used].astype(np.int32)
         self.last = np.array([(n - 1) % page + 1 if n else 0 for n in history], np.int32)
         self.offset = np.arange(len(lengths), dtype=np.int32) * 3
-        self.old_k = [normal(n, keys, dim) for n in history]
-        self.old_v = [normal(n, keys, dim) for n in history]
+        self.old_k = [normal(n, keys, dim).astype(self.pages.dtype) for n in history]
+        self.old_v = [normal(n, keys, dim).astype(self.pages.dtype) for n in history]
         for b, n in enumerate(history):
             for j in range(n):
                 number = self.page_values[self.page_indptr[b] + j // page]
@@ -110,10 +121,12 @@ class Batch:
         return [np.full_like(self.q, 7.0), np.full(self.q.shape[:2], 7.0, np.float32)]
 
 
-def call(name: str, arrays: list[Array], *numbers: float) -> tuple[Array, Array]:
+def call(
+    name: str, arrays: list[Array], *numbers: float, half: bool = False
+) -> tuple[Array, Array]:
     """Run a kernel whose last two arrays are out and lse."""
     tensors = [tvm.runtime.tensor(x) for x in arrays]
-    kernel(name)(*tensors, *numbers)
+    kernel(name, half)(*tensors, *numbers)
     return tensors[-2].numpy(), tensors[-1].numpy()
 
 
@@ -135,22 +148,23 @@ def test_ragged(causal: int, sign: int, lengths: list[int]) -> None:
         compare(out[rows], lse[rows], *reference(batch.q[rows], batch.k[rows], batch.v[rows], seen))
 
 
+@HALF_OR_NOT
 @pytest.mark.parametrize("sign", [1, -1])
 @settings(max_examples=15, deadline=None)
 @given(pairs=st.lists(st.tuples(st.integers(0, 20), st.integers(0, 40)), min_size=1, max_size=4))
-def test_paged(sign: int, pairs: list[tuple[int, int]]) -> None:
-    batch = Batch([n for n, _ in pairs], [m for _, m in pairs])
+def test_paged(half: bool, sign: int, pairs: list[tuple[int, int]]) -> None:
+    batch = Batch([n for n, _ in pairs], [m for _, m in pairs], half)
     arrays = [
         batch.q,
         batch.indptr,
-        batch.pages,
+        batch.stored,
         batch.page_indptr,
         batch.page_values,
         batch.last,
         batch.offset,
         batch.positions(batch.history),
     ]
-    out, lse = call("paged", arrays + batch.outputs(), 0, 0, 1.0, 1e4, sign * SCALE)
+    out, lse = call("paged", arrays + batch.outputs(), 0, 0, 1.0, 1e4, sign * SCALE, half=half)
     for b, (n, m) in enumerate(pairs):
         seen = np.ones((n, m), bool)
         if sign < 0:
@@ -161,21 +175,22 @@ def test_paged(sign: int, pairs: list[tuple[int, int]]) -> None:
         )
 
 
+@HALF_OR_NOT
 @pytest.mark.parametrize("sign", [1, -1])
 @settings(max_examples=15, deadline=None)
 @given(history=st.lists(st.integers(0, 600), min_size=1, max_size=4))
-def test_decode(sign: int, history: list[int]) -> None:
-    batch = Batch([1] * len(history), history)
+def test_decode(half: bool, sign: int, history: list[int]) -> None:
+    batch = Batch([1] * len(history), history, half)
     arrays = [
         batch.q,
-        batch.pages,
+        batch.stored,
         batch.page_indptr,
         batch.page_values,
         batch.last,
         batch.offset,
         batch.positions([m - 1 for m in history]),
     ]
-    out, lse = call("decode", arrays + batch.outputs(), 0, 1.0, 1e4, sign * SCALE)
+    out, lse = call("decode", arrays + batch.outputs(), 0, 1.0, 1e4, sign * SCALE, half=half)
     for b, m in enumerate(history):
         seen = np.arange(m)[None] >= (m - SHAPE.window if sign < 0 else 0)
         rows = slice(b, b + 1)
@@ -202,21 +217,22 @@ def test_merge(tokens: int) -> None:
     np.testing.assert_allclose(tensors[1].numpy(), want_lse, atol=2e-6)
 
 
-def test_copies_of_pages() -> None:
-    batch = Batch([1], [40])
-    pages = np.nan_to_num(batch.pages)
-    tensor = tvm.runtime.tensor(pages)
-    kernel("copy")(tensor, 1, 3, 5)
+@HALF_OR_NOT
+def test_copies_of_pages(half: bool) -> None:
+    stored = np.nan_to_num(Batch([1], [40], half).stored)
+    pages = half_view(stored) if half else stored
+    tensor = tvm.runtime.tensor(stored)
+    kernel("copy", half)(tensor, 1, 3, 5)
     pages[3, :, :, :5] = pages[1, :, :, :5]
-    np.testing.assert_array_equal(tensor.numpy(), pages)
+    np.testing.assert_array_equal(tensor.numpy(), stored)
     # Moves are done in order: a token may move onto one that has moved.
     moves = np.array([[10, 11, 40], [9, 10, 2]], np.int32)
-    kernel("compact")(
+    kernel("compact", half)(
         tensor, *(tvm.runtime.tensor(x) for x in (np.array([0, 2, 3], np.int32), moves)), 2
     )
     for source, target in moves.T:
         pages[target // 8, :, :, target % 8] = pages[source // 8, :, :, source % 8]
-    np.testing.assert_array_equal(tensor.numpy(), pages)
+    np.testing.assert_array_equal(tensor.numpy(), stored)
 
 
 @pytest.mark.parametrize("lanes", [1, 4, 16])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import cache
 from typing import Any
 
@@ -14,9 +15,10 @@ from gqsa_compiler._tvm import Target, relax, tirx, tvm
 from gqsa_compiler.errors import CompileError
 from gqsa_compiler.schedules.kv_cache import KVCacheSpec, attach_kv_cache
 from gqsa_compiler.targets import parse_target
-from tests.schedules.kv_cache_model import Pair, attention_module, machine
+from tests.schedules.kv_cache_model import Pair, attention, attention_module, machine
 
 MIXED = KVCacheSpec(2, 9, 3, 64, ("mha", "mha_sliding"), 7)
+HALF = replace(MIXED, dtype="float16")
 CASES = [
     pytest.param(MIXED, 16, id="gqa3-d64"),
     pytest.param(KVCacheSpec(2, 4, 4, 16, ("mha_sliding",) * 2, 20), 8, id="mha-d16-all-sliding"),
@@ -25,6 +27,9 @@ CASES = [
         KVCacheSpec(2, 6, 2, 80, ("mha_sliding", "mha"), 3, page_size=8), 4, id="gqa3-d80-sse"
     ),
     pytest.param(KVCacheSpec(1, 14, 2, 24, ("mha",)), 8, id="gqa7-d24"),
+    pytest.param(HALF, 16, id="half-gqa3-d64"),
+    pytest.param(replace(HALF, head_dim=80, page_size=8), 4, id="half-d80-sse"),
+    pytest.param(KVCacheSpec(1, 14, 2, 24, ("mha",), dtype="float16"), 8, id="half-gqa7-d24"),
 ]
 BOUND = 5e-6  # float32 sums of a few hundred terms of size 1
 
@@ -82,7 +87,7 @@ def test_any_history_agrees_with_numpy(spec: KVCacheSpec, lanes: int, steps: lis
         assert _step(pair, name, what) < BOUND, (name, what)
 
 
-@pytest.mark.parametrize(("spec", "lanes"), [CASES[0].values, CASES[1].values])
+@pytest.mark.parametrize(("spec", "lanes"), [CASES[i].values for i in (0, 1, 5)])
 def test_sliding_window_over_chunk_boundaries(spec: KVCacheSpec, lanes: int) -> None:
     # Every chunk length around the window, then every position around a page's end.
     pair = Pair(spec, machine(spec, lanes))
@@ -94,9 +99,10 @@ def test_sliding_window_over_chunk_boundaries(spec: KVCacheSpec, lanes: int) -> 
         assert pair.forward([0], [1]) < BOUND
 
 
-def test_forked_sequences_share_their_window() -> None:
+@pytest.mark.parametrize("spec", [MIXED, HALF], ids=["float32", "float16"])
+def test_forked_sequences_share_their_window(spec: KVCacheSpec) -> None:
     # The window of a young fork reaches back into the block that it shares with its parent.
-    pair = Pair(MIXED, machine(MIXED, 16))
+    pair = Pair(spec, machine(spec, 16))
     pair.add(0)
     assert pair.forward([0], [32]) < BOUND
     pair.fork(0, 1, 32)
@@ -118,6 +124,32 @@ def test_large_scores_do_not_overflow() -> None:
         assert pair.forward([0], [length]) < 5e-2
 
 
+def test_a_half_cache_errs_by_its_rounding_only() -> None:
+    # Of keys and values as they came: the weights are off by twice a score's rounding, the values
+    # by their own.
+    half, epsilon = Pair(HALF, machine(HALF, 16)), 2.0**-11
+    half.add(0)
+    for length in (40, 1, 30, 1):
+        assert half.forward([0], [length]) < BOUND
+    rng = np.random.default_rng(0)  # as the pair draws
+    tokens = [rng.standard_normal((n, 15, 64)).astype(np.float32) for n in (40, 1, 30, 1)]
+    exact, kept = np.concatenate(tokens), half.sequences[0]
+    queries, keys = np.abs(exact[:, :9]), np.abs(exact[:, 9:12]).repeat(3, axis=1)
+    score = np.einsum("ihd,jhd->hij", queries, keys).max() * 64**-0.5
+    bound = np.abs(exact[:, 12:]).max() * (np.expm1(2 * epsilon * score) + epsilon)
+    error = np.abs(attention(HALF, exact, 72, None) - attention(HALF, kept, 72, None)).max()
+    assert 1e-5 < error < bound
+
+
+def test_a_half_cache_saturates() -> None:
+    pair = Pair(HALF, machine(HALF, 16), scale=1e5)
+    pair.add(0)
+    for length in (20, 1):
+        # One key takes all the weight and values are up to 65504, to which errors are relative.
+        assert pair.forward([0], [length]) < 1e-2
+    assert np.abs(pair.sequences[0][:, 9:]).max() == np.finfo(np.float16).max
+
+
 def test_pages_are_given_back() -> None:
     pair = Pair(MIXED, machine(MIXED, 16), max_tokens=64)
     free = pair.call("attention_kv_cache_get_num_available_pages")
@@ -128,8 +160,8 @@ def test_pages_are_given_back() -> None:
     assert pair.call("attention_kv_cache_get_num_available_pages") == free
 
 
-def test_debug_get_kv_reads_what_was_written() -> None:
-    spec = KVCacheSpec(2, 9, 3, 64, ("mha", "mha_sliding"), 7)
+@pytest.mark.parametrize("spec", [MIXED, HALF], ids=["float32", "float16"])
+def test_debug_get_kv_reads_what_was_written(spec: KVCacheSpec) -> None:
     pair = Pair(spec, machine(spec, 16))
     pair.add(5)
     pair.forward([5], [30])
@@ -167,14 +199,19 @@ def test_no_kernel_is_left_to_be_scheduled() -> None:
     assert all(f.attrs["tirx.is_scheduled"] for f in functions)
 
 
-def test_compiles_for_arm() -> None:
+@pytest.mark.parametrize("spec", [MIXED, HALF], ids=["float32", "float16"])
+def test_compiles_for_arm(spec: KVCacheSpec) -> None:
     target = parse_target("aarch64")
-    mod = attach_kv_cache(attention_module(MIXED), MIXED, target)
+    mod = attach_kv_cache(attention_module(spec), spec, target)
     built = tvm.compile(mod, Target(target.tvm_dict()))
     assembly = built.mod.imports[0].inspect_source("asm")
     assert assembly.count("fmla") > 50
     # No exponential goes to the C library, one lane at a time.
     assert "exp2f" not in assembly
+    # Float16 is converted a vector at a time, as it is loaded and stored.
+    assert ("fcvtl" in assembly and "fcvtn" in assembly) == (spec.dtype == "float16")
+    assert "bl\t__extendhfsf2" not in assembly
+    assert "bl\t__truncsfhf2" not in assembly
 
 
 @pytest.mark.parametrize(
@@ -183,7 +220,7 @@ def test_compiles_for_arm() -> None:
         ({"attn_kinds": ("mha",)}, "1 attention kinds are given for 2 layers"),
         ({"attn_kinds": ("mha", "mla")}, "Unknown attention kind 'mla'"),
         ({"attn_kinds": ("mha", "mha_sliding")}, "size is not given"),
-        ({"dtype": "float16"}, "KV cache of float16 is not supported"),
+        ({"dtype": "int8"}, "KV cache of int8 is not supported; use float16 or float32"),
     ],
 )
 def test_a_wrong_spec_is_refused(fields: dict[str, Any], message: str) -> None:
@@ -205,4 +242,6 @@ def test_a_module_that_disagrees_is_refused() -> None:
 
 def test_bytes_per_token() -> None:
     # SmolLM2-135M: 30 layers, keys and values, 3 heads of 64 float32.
-    assert KVCacheSpec(30, 9, 3, 64, ("mha",) * 30).bytes_per_token == 30 * 2 * 3 * 64 * 4
+    spec = KVCacheSpec(30, 9, 3, 64, ("mha",) * 30)
+    assert spec.bytes_per_token == 30 * 2 * 3 * 64 * 4
+    assert replace(spec, dtype="float16").bytes_per_token == 30 * 2 * 3 * 64 * 2

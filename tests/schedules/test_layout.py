@@ -24,6 +24,8 @@ from gqsa_compiler.schedules.generic.layout import (
     split_units,
 )
 from gqsa_compiler.schedules.spec import ACTIVATION_BLOCK, Epilogue, LinearSpec
+from gqsa_compiler.schedules.table import select
+from gqsa_compiler.targets import parse_target
 from tests.schedules.linear_cases import random_keep, random_layer, spec_of
 
 CONFIG = GenericConfig(tasks=8, lanes=16, tiles=(4, 8, 16))
@@ -54,6 +56,21 @@ def test_bits_of_a_group_of_16(bits: int, expected: int) -> None:
     packed = pack_bsr(spec_of(layer), CONFIG, [layer])
     group_bytes = sum(packed[name].nbytes for name in ("codes", "scales", "meta"))
     assert group_bytes * 8 == expected * (layer.nnz + BLOCK)
+
+
+@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("size", [8, 16, 32, 256])
+def test_avx2_and_avx512_read_the_same_bytes(bits: int, size: int) -> None:
+    rng = np.random.default_rng(bits)
+    layer = random_layer(random_keep((24, 6), rng, 0.5), size, rng, bits=bits)
+    spec = spec_of(layer, activation_dtype="int16")
+    packed = []
+    for name in ("x86-64-v3", "x86-64-v4"):
+        rule, config = select(spec, parse_target(name))
+        packed.append((rule.packed_by(config), rule.pack(spec, config, [layer])))
+    assert packed[0][0] == packed[1][0]
+    for name, array in packed[0][1].items():
+        np.testing.assert_array_equal(array, packed[1][1][name])
 
 
 @pytest.mark.parametrize("bits", BITS)

@@ -11,11 +11,12 @@ from gqsa_compiler.limits import BITS
 from gqsa_compiler.schedules.spec import Epilogue, LinearSpec
 from gqsa_compiler.schedules.table import (
     check_activations,
+    check_shared_weights,
     default_activations,
     rules_for,
     select,
 )
-from gqsa_compiler.targets import TARGET_NAMES, parse_target
+from gqsa_compiler.targets import TARGET_NAMES, parse_target, parse_targets
 
 SPARSE = LinearSpec(64, 128, "bsr", "int4", 16, 100)
 DENSE = LinearSpec(64, 128, "dense", "float16")
@@ -54,6 +55,16 @@ def test_int16_activations_have_kernels_on_x86_only() -> None:
                 check_activations("int16", target)
             with pytest.raises(CompileError, match="No kernel"):
                 select(sixteen, target)
+
+
+def test_which_targets_share_packed_weights() -> None:
+    x86, arm = parse_targets("x86-64-v3,x86-64-v4"), parse_targets("aarch64,aarch64-i8mm")
+    check_shared_weights("int16", x86)
+    check_shared_weights("int8", arm)
+    check_shared_weights("int8", x86[:1])
+    for dtype in ("float32", "int8"):
+        with pytest.raises(UsageError, match=rf"With {dtype} activations .* x86-64-v4 and x86-64"):
+            check_shared_weights(dtype, x86)
 
 
 def test_a_target_without_kernels_is_refused() -> None:
