@@ -49,14 +49,7 @@ class Weights:
 
     def row(self, row: Expr) -> tuple[Expr, Expr]:
         """Emit the first and the past-the-last group of a stored row, int64."""
-        if self.row_starts is None:
-            groups = self.spec.k // self.spec.group_size
-            first = B.bind(row * int64(groups))
-            return first, first + int64(groups)
-        return (
-            B.bind(int64(load(self.row_starts, row))),
-            B.bind(int64(load(self.row_starts, row + int64(1)))),
-        )
+        return stored_row(self.spec, self.row_starts, row)
 
     def block_columns(self, group: Expr, first: Expr) -> Expr:
         """Emit the column groups of `BLOCK` stored groups, int32; `first` is their row's first."""
@@ -93,6 +86,24 @@ class Weights:
     def top_code(self) -> int:
         """The largest code that a packed one can be, which is also the mask of a zero point."""
         return (1 << self.layout.code_bits) - 1
+
+
+def stored_row(spec: LinearSpec, row_starts: Buffer | None, row: Expr) -> tuple[Expr, Expr]:
+    """Emit the first and the past-the-last group of a stored row, int64.
+
+    Parameters
+    ----------
+    row_starts : Buffer or None
+        None where every group is kept.
+    """
+    if row_starts is None:
+        groups = spec.k // spec.group_size
+        first = B.bind(row * int64(groups))
+        return first, B.bind(first + int64(groups))
+    return (
+        B.bind(int64(load(row_starts, row))),
+        B.bind(int64(load(row_starts, row + int64(1)))),
+    )
 
 
 def row_sums(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from gqsa_compiler._tvm import B
@@ -26,7 +27,7 @@ from gqsa_compiler.schedules.spec import ACTIVATION_BLOCK, LinearSpec
 
 QUANT_MAX = 127.0
 QUANT_TINY = 1e-30
-"""A block whose largest magnitude is below this is quantised to zeros."""
+"""Values of which none is as large as this are quantised to zeros."""
 
 
 @dataclass(frozen=True)
@@ -100,16 +101,7 @@ def _write_token(
 ) -> None:
     size = spec.group_size
     width = min(lanes, size)
-    factor = None
-    if norm is not None:
-        factor = _token_factor(spec, x, token, width)
-
-    def value(column: Expr) -> Expr:
-        v = load(x, token, column, lanes=width)
-        if factor is None or norm is None:
-            return v
-        return v * broadcast(factor, width) * load(norm, column, lanes=width)
-
+    value = token_values(spec, x, norm, token, width)
     with B.serial(int64(0), int64(spec.k // size)) as group:
         column = B.bind(group * int64(size))
         at = _group_offset(spec, place, group)
@@ -121,6 +113,24 @@ def _write_token(
             for i in range(0, size, width):
                 store(staged, value(column + int64(i)), i, lanes=width)
             _quantise(spec, inputs, staged, at, lanes)
+
+
+def token_values(
+    spec: LinearSpec, x: Buffer, norm: Buffer | None, token: Expr, lanes: int
+) -> Callable[[Expr], Expr]:
+    """Return what emits `lanes` of a token's values from a column on, normalised if asked for.
+
+    The norm's factor is emitted here.
+    """
+    factor = None if norm is None else _token_factor(spec, x, token, lanes)
+
+    def value(column: Expr) -> Expr:
+        v = load(x, token, column, lanes=lanes)
+        if factor is None or norm is None:
+            return v
+        return v * broadcast(factor, lanes) * load(norm, column, lanes=lanes)
+
+    return value
 
 
 def _group_offset(spec: LinearSpec, place: tuple[Expr, Expr, Expr], group: Expr) -> Expr:
@@ -155,13 +165,30 @@ def _quantise_block(staged: Buffer, start: int, width: int) -> tuple[Expr, list[
     for part in parts[1:]:
         peak = B.bind(B.max(peak, B.abs(part)))
     peak = horizontal_max(peak, width)
-    zero = const(0.0, "float32")
-    usable = peak >= const(QUANT_TINY, "float32")
-    limit = const(QUANT_MAX, "float32")
-    inverse = B.bind(B.Select(usable, limit / B.max(peak, const(QUANT_TINY, "float32")), zero))
+    scale, inverse = scale_of(peak, QUANT_MAX)
     scaled = [part * broadcast(inverse, width) for part in parts]
     codes = [B.bind(cast("int32", B.nearbyint(value), width)) for value in scaled]
-    return B.Select(usable, peak / limit, zero), codes
+    return scale, codes
+
+
+def scale_of(peak: Expr, most: float) -> tuple[Expr, Expr]:
+    """Emit the scale of values whose largest magnitude is `peak`, and what turns them into codes.
+
+    Parameters
+    ----------
+    most : float
+        The largest code.
+
+    Returns
+    -------
+    (Expr, Expr)
+        ``peak / most`` and ``most / peak``; both 0 for a peak below `QUANT_TINY`.
+    """
+    zero = const(0.0, "float32")
+    usable = peak >= const(QUANT_TINY, "float32")
+    limit = const(most, "float32")
+    inverse = B.bind(B.Select(usable, limit / B.max(peak, const(QUANT_TINY, "float32")), zero))
+    return B.Select(usable, peak / limit, zero), inverse
 
 
 def _write_zeros(

@@ -18,14 +18,12 @@ from gqsa_compiler.schedules.generic.emit import (
     local,
     store,
 )
-from gqsa_compiler.schedules.generic.rows import rms_factor
+from gqsa_compiler.schedules.generic.prologue import scale_of, token_values
 from gqsa_compiler.schedules.generic.tiles import TilePlan
 from gqsa_compiler.schedules.spec import LinearSpec
 from gqsa_compiler.schedules.x86.scratch import Scratch
 
 QUANT_MAX = 32767.0
-QUANT_TINY = 1e-30
-"""A token whose largest magnitude is below this is quantised to zeros."""
 
 
 @dataclass(frozen=True)
@@ -117,27 +115,15 @@ def _write(
     """Emit one token's values from index `at` on, each `stride` after the other (None: 1)."""
     lanes = min(config.lanes, spec.group_size)
     vectors = spec.k // lanes
-    factor = None
-    if norm is not None:
-        assert spec.norm_eps is not None
-        factor = rms_factor(spec.k, lanes, spec.norm_eps, lambda c, n: load(x, token, c, lanes=n))
-
-    def value(column: Expr) -> Expr:
-        v = load(x, token, column, lanes=lanes)
-        if factor is None or norm is None:
-            return v
-        return v * broadcast(factor, lanes) * load(norm, column, lanes=lanes)
-
+    value = token_values(spec, x, norm, token, lanes)
     peaks = local(lanes)
     store(peaks, broadcast(const(0.0, "float32"), lanes), 0, lanes=lanes)
     with B.serial(int64(0), int64(vectors)) as i:
         larger = B.max(load(peaks, 0, lanes=lanes), B.abs(value(i * int64(lanes))))
         store(peaks, larger, 0, lanes=lanes)
     peak = B.bind(horizontal_max(B.bind(load(peaks, 0, lanes=lanes)), lanes))
-    usable = peak >= const(QUANT_TINY, "float32")
-    limit, zero = const(QUANT_MAX, "float32"), const(0.0, "float32")
-    inverse = B.bind(B.Select(usable, limit / B.max(peak, const(QUANT_TINY, "float32")), zero))
-    store(inputs.scales, B.Select(usable, peak / limit, zero), token)
+    scale, inverse = scale_of(peak, QUANT_MAX)
+    store(inputs.scales, scale, token)
     with B.serial(int64(0), int64(vectors)) as i:
         scaled = value(i * int64(lanes)) * broadcast(inverse, lanes)
         codes = cast("int16", cast("int32", B.nearbyint(scaled), lanes), lanes)

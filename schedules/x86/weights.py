@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from gqsa_compiler._tvm import B
 from gqsa_compiler.checkpoint import symmetric_zero
+from gqsa_compiler.schedules.generic.bsr_dot import stored_row
 from gqsa_compiler.schedules.generic.emit import (
     Buffer,
     Expr,
@@ -56,13 +57,7 @@ class Weights:
 
     def row(self, row: Expr) -> tuple[Expr, Expr]:
         """Emit the first and the past-the-last group of a stored row, int64."""
-        if self.row_starts is None:
-            first = B.bind(row * int64(self.row_groups))
-            return first, B.bind(first + int64(self.row_groups))
-        return (
-            B.bind(int64(load(self.row_starts, row))),
-            B.bind(int64(load(self.row_starts, row + int64(1)))),
-        )
+        return stored_row(self.spec, self.row_starts, row)
 
     def units(self, first: Expr, last: Expr) -> tuple[Expr, Expr]:
         """Emit the first and the past-the-last unit that a row's groups lie in, int64."""
