@@ -67,7 +67,10 @@ def packed_tensors(
             array = np.concatenate([_dense(weights, r.name, "float32") for r in tensor.records])
         else:
             array = _dense(weights, tensor.name, tensor.dtype)
-        if tuple(array.shape) != tensor.shape or array.dtype != np_dtype(tensor.dtype):
+        fits = len(array.shape) == len(tensor.shape) and all(
+            wanted in (None, size) for wanted, size in zip(tensor.shape, array.shape, strict=True)
+        )
+        if not fits or array.dtype != np_dtype(tensor.dtype):
             raise CompileError(
                 f"Parameter {tensor.name} was packed as {array.dtype}{list(array.shape)}, but its "
                 f"kernel reads {tensor.dtype}{list(tensor.shape)}; this is a bug in the rule."

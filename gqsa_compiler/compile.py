@@ -254,10 +254,9 @@ class _Compilation:
                 f"{' and '.join(target.name for target in self.targets)} cannot share one set of "
                 "packed weights; compile an artefact for each."
             )
-        uses, fallbacks = report.kernel_uses(
+        unwanted = report.unwanted_fallbacks(
             plan, self.source.checkpoint is not None, self._ignored()
         )
-        unwanted = [fallback.layer for fallback in fallbacks if not fallback.by_choice]
         if self.options.no_fallback and unwanted:
             raise CompileError(
                 f"{len(unwanted)} layers stayed dense, and --no-fallback forbids it: "
@@ -273,6 +272,10 @@ class _Compilation:
         self.source.save_tokenizer(directory)
         if self.options.bundle:
             artefact.bundle_libraries(directory)
+        plan = plan.packed({parameter.name: parameter.shape for parameter in parameters})
+        uses, fallbacks = report.kernel_uses(
+            plan, self.source.checkpoint is not None, self._ignored()
+        )
         kinds = report.bytes_by_kind(plan)
         result = CompileReport(
             output=str(output),

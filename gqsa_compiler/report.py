@@ -143,6 +143,17 @@ def kernel_uses(
     return tuple(uses), fallbacks
 
 
+def unwanted_fallbacks(plan: PackPlan, compressed: bool, ignored: Sequence[str]) -> list[str]:
+    """List the layers that stay dense though nobody asked for it; none if nothing is compressed."""
+    return [
+        kernel.name
+        for kernel in plan.kernels
+        if compressed
+        and kernel.spec.weight == "dense"
+        and not all(_is_ignored(record.layer, ignored) for record in kernel.records)
+    ]
+
+
 def _is_ignored(layer: str, ignored: Sequence[str]) -> bool:
     """Whether the checkpoint lists a layer; a head that is tied to the embedding is `lm_head`."""
     return layer in ignored or (layer.endswith("embed_tokens") and "lm_head" in ignored)

@@ -15,6 +15,7 @@ _X86_FEATURES: Mapping[str, tuple[str, ...]] = {
     "avx2": ("avx", "avx2", "xsave"),
     "f16c": ("avx", "f16c", "xsave"),
     "fma": ("avx", "fma", "xsave"),
+    "avx512bf16": ("avx512_bf16",),
     "avx512bw": ("avx512bw",),
     "avx512cd": ("avx512cd",),
     "avx512dq": ("avx512dq",),
@@ -156,7 +157,7 @@ def host_target(name: str, arch: str, flags: Collection[str]) -> TargetSpec:
     )
 
 
-TARGET_NAMES = ("cpu", "x86-64-v3", "x86-64-v4", "aarch64", "aarch64-i8mm")
+TARGET_NAMES = ("cpu", "x86-64-v3", "x86-64-v4", "x86-64-v4-bf16", "aarch64", "aarch64-i8mm")
 
 
 def parse_target(name: str) -> TargetSpec:
@@ -173,6 +174,8 @@ def parse_target(name: str) -> TargetSpec:
         return _x86(name, "x86-64-v3", _X86_256)
     if name == "x86-64-v4":
         return _x86(name, "x86-64-v4", _X86_512)
+    if name == "x86-64-v4-bf16":
+        return _x86(name, "x86-64-v4", _X86_512 | {"avx512bf16"})
     if name == "aarch64":
         return _arm(name, {"neon", "dotprod"})
     if name == "aarch64-i8mm":

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable
-from dataclasses import dataclass, field
+from collections.abc import Hashable, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import ml_dtypes
@@ -91,11 +91,14 @@ class Kernel:
 
 @dataclass(frozen=True, eq=False)
 class PackedTensor:
-    """One of the tensors that a kernel's rule packs."""
+    """One of the tensors that a kernel's rule packs.
+
+    Its length is None until it is packed, where the rule says that it follows from the weights.
+    """
 
     kernel: Kernel
     part: str
-    shape: tuple[int, ...]
+    shape: tuple[int | None, ...]
     dtype: str
 
     @property
@@ -135,6 +138,16 @@ class PackPlan:
             self.tensors.append(tensor)
         return self._index[tensor.name]
 
+    def packed(self, shapes: Mapping[str, tuple[int, ...]]) -> PackPlan:
+        """Return the plan with the shapes that tensors have got, by name."""
+        tensors = [
+            replace(tensor, shape=shapes[tensor.name])
+            if isinstance(tensor, PackedTensor)
+            else tensor
+            for tensor in self.tensors
+        ]
+        return PackPlan(tensors, self.kernels, self._index)
+
 
 def np_dtype(name: str) -> np.dtype[Any]:
     """Return the numpy dtype of a TVM dtype name."""
@@ -142,8 +155,10 @@ def np_dtype(name: str) -> np.dtype[Any]:
 
 
 def tensor_bytes(tensor: Tensor) -> int:
-    """Bytes of one tensor of the plan."""
-    return math.prod(tensor.shape) * np_dtype(tensor.dtype).itemsize
+    """Bytes of one tensor of a plan that is packed."""
+    if None in tensor.shape:
+        raise ValueError(f"{tensor.name} is not packed yet.")
+    return math.prod(size or 0 for size in tensor.shape) * np_dtype(tensor.dtype).itemsize
 
 
 def folded_name(layers: list[str]) -> str:

@@ -15,6 +15,7 @@ from gqsa_compiler.targets import TargetSpec
 
 PARAMS = "params"
 """Name of the last argument of every compiled function: the tuple of all packed tensors."""
+GET_ITEM = "vm.builtin.tuple_getitem"
 
 
 @tvm.transform.module_pass(opt_level=0, name="SelectKernels")
@@ -152,8 +153,9 @@ class _Lower(PyExprMutator):
         super().__init__(mod)
         self.graph = graph
         self.chooser = chooser
-        fields = [relax.TensorType(t.shape, t.dtype) for t in chooser.plan.tensors]
-        self.params = relax.Var(PARAMS, relax.TupleType(fields))
+        # An object: a tuple's tensors would be checked one by one, every time that a function is
+        # called, and their lengths would have to be known before the weights are packed.
+        self.params = relax.Var(PARAMS, relax.ObjectType())
 
     def lower(self) -> relax.Function:
         func = self.graph.func
@@ -163,7 +165,17 @@ class _Lower(PyExprMutator):
         return relax.Function([*inputs, self.params], body, func.ret_ty, func.is_pure, attrs)
 
     def _param(self, index: int) -> relax.Var:
-        return self.builder_.emit(relax.TupleGetItem(self.params, index))
+        tensor = self.chooser.plan.tensors[index]
+        open_length = None in tensor.shape
+        made = relax.TensorType(
+            shape=None if open_length else tensor.shape,
+            dtype=tensor.dtype,
+            ndim=len(tensor.shape) if open_length else -1,
+        )
+        place = relax.prim_value(index)
+        return self.builder_.emit(
+            relax.call_pure_packed(GET_ITEM, self.params, place, ty_args=made)
+        )
 
     def visit_var_(self, var: relax.Var) -> Expr:
         record = self.graph.record(var)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
 import numpy as np
 import numpy.typing as npt
 
+from gqsa_compiler.schedules.reference import decode
 from gqsa_compiler.schedules.spec import LinearSpec, ParamSpec
 
 if TYPE_CHECKING:
@@ -79,7 +80,10 @@ class ScheduleRule(ABC, Generic[ConfigT]):
 
     @abstractmethod
     def params(self, spec: LinearSpec, config: ConfigT) -> tuple[ParamSpec, ...]:
-        """Describe the packed tensors, in the order `build` takes them."""
+        """Describe the packed tensors, in the order `build` takes them.
+
+        A length that follows from the weights themselves is None; the code takes any.
+        """
 
     @abstractmethod
     def pack(
@@ -93,3 +97,10 @@ class ScheduleRule(ABC, Generic[ConfigT]):
         `parts` are the layers folded into this one, stacked along N in order (`BSRLayer`s for
         ``bsr``, arrays [N_i, K] for ``dense``).
         """
+
+    def stored(self, _spec: LinearSpec, part: BSRLayer) -> npt.NDArray[np.float64]:
+        """Decode a layer as its packed tensors have it, float64 [N, K].
+
+        Most rules store scales as they come; one that rounds them says here to what.
+        """
+        return decode(part)

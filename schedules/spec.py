@@ -10,7 +10,7 @@ from gqsa_compiler.errors import CompileError
 from gqsa_compiler.limits import BITS, GROUP_SIZES
 
 WeightKind = Literal["bsr", "dense"]
-ActivationDtype = Literal["float32", "int16", "int8"]
+ActivationDtype = Literal["float32", "float16", "int16", "int8"]
 Activation = Literal["silu", "gelu", "gelu_tanh", "relu"]
 
 ACTIVATION_BLOCK = 8
@@ -141,8 +141,11 @@ class LinearSpec:
 
 @dataclass(frozen=True)
 class ParamSpec:
-    """One tensor that a kernel reads: `name` (unique in the kernel), shape and dtype."""
+    """One tensor that a kernel reads: `name` (unique in the kernel), shape and dtype.
+
+    A one-dimensional tensor whose length depends on the weights has the shape ``(None,)``.
+    """
 
     name: str
-    shape: tuple[int, ...]
+    shape: tuple[int | None, ...]
     dtype: str

@@ -122,7 +122,7 @@ def traced(artefact: Path) -> tuple[Trace, dict[str, int]]:
     addresses = {p.name: 64 * i for i, p in enumerate(manifest.parameters)}
     # Empty ones begin where the next one does.
     empty = Parameter("model.embed_tokens.none", "uint8", (0,), "")
-    addresses[empty.name] = addresses["model.layers.0.mlp.down_proj.codes"]
+    addresses[empty.name] = addresses["model.layers.0.mlp.down_proj.records"]
     manifest = replace(manifest, parameters=(*manifest.parameters, empty))
     return Trace(manifest, addresses), addresses
 
@@ -131,7 +131,7 @@ def test_calls_are_told_by_their_weights(
     artefact: Path, traced: tuple[Trace, dict[str, int]]
 ) -> None:
     trace, addresses = traced
-    down = Data(addresses["model.layers.0.mlp.down_proj.codes"])
+    down = Data(addresses["model.layers.0.mlp.down_proj.records"])
     table = Data(addresses["model.embed_tokens.weight"])
     layer = Manifest.read(artefact).kernels
     index, kernel = next((i, k) for i, k in enumerate(layer) if k.layer.endswith("0.mlp.down_proj"))

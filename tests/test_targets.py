@@ -22,7 +22,7 @@ from gqsa_compiler.targets import (
 V2 = "fpu cx8 cmov fxsr mmx sse sse2 pni ssse3 cx16 sse4_1 sse4_2 popcnt lahf_lm"
 V3 = f"{V2} avx avx2 bmi1 bmi2 f16c fma abm movbe xsave"
 V4 = f"{V3} avx512f avx512bw avx512cd avx512dq avx512vl"
-OTHERS = "avx512_vnni avx_vnni avx512_bf16 avx512vbmi avx512ifma amx_tile sha_ni"
+OTHERS = "avx512_vnni avx_vnni avx512vbmi avx512ifma amx_tile sha_ni"
 ARM = "fp asimd evtstrm aes crc32 atomics fphp asimdhp cpuid asimddp i8mm bf16"
 
 
@@ -50,6 +50,13 @@ def test_flags_are_read_from_cpuinfo(tmp_path: Path) -> None:
     ("flags", "level", "features", "bits"),
     [
         (V4, "x86-64-v4", "avx2 avx512bw avx512cd avx512dq avx512f avx512vl f16c fma", 512),
+        (
+            f"{V4} avx512_bf16",
+            "x86-64-v4",
+            "avx2 avx512bf16 avx512bw avx512cd avx512dq avx512f avx512vl f16c fma",
+            512,
+        ),
+        (f"{V3} avx512_bf16", "x86-64-v3", "avx2 f16c fma", 256),
         (V3, "x86-64-v3", "avx2 f16c fma", 256),
         (V2, "x86-64-v2", "", 128),
         ("fpu sse sse2", "x86-64", "", 128),

@@ -36,7 +36,7 @@ def kernel(
     ----------
     open_extents : frozenset of str
         Names of one-dimensional parameters whose length differs between layers that share this
-        function: each gets a symbolic extent.
+        function: each gets a symbolic extent, as do those whose length is not known.
     """
     tokens = extent("m")
     with scheduled() as builder:
@@ -45,7 +45,7 @@ def kernel(
         packed = {}
         for p in params:
             shape: tuple[Any, ...] = p.shape
-            if p.name in open_extents:
+            if p.name in open_extents or p.shape == (None,):
                 shape = (extent(f"{p.name}_length"),)
             packed[p.name] = argument(p.name, shape, p.dtype)
         bias = argument("bias", (spec.n,)) if spec.epilogue.bias else None

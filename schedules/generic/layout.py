@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -122,20 +122,22 @@ def row_order(spec: LinearSpec) -> npt.NDArray[np.int64]:
     return rows.reshape(2, -1).T.reshape(-1) if spec.epilogue.gated else rows
 
 
-def split_units(costs: npt.NDArray[np.int64], tasks: int) -> npt.NDArray[np.int32]:
-    """Cut a sequence of units into consecutive parts of nearly equal cost.
+def split_units(costs: npt.NDArray[np.int64], tasks: int, block: int = 1) -> npt.NDArray[np.int32]:
+    """Cut a sequence of units into consecutive parts of nearly equal cost, at whole blocks.
 
     Returns
     -------
     int32 [tasks + 1]
         Part t holds the units ``result[t]:result[t + 1]``; a part may be empty.
     """
+    starts = np.arange(0, len(costs), block)
+    costs, units = np.add.reduceat(costs, starts) if len(costs) else costs, len(costs)
     ends = np.cumsum(costs)
     total = int(ends[-1]) if len(ends) else 0
     goals = (np.arange(1, tasks) * total) // tasks
     # The boundary goes where the running cost, at the middle of a unit, passes the goal.
     cuts = np.searchsorted(ends - costs // 2, goals)
-    return np.concatenate([[0], cuts, [len(costs)]]).astype(np.int32)
+    return np.concatenate([[0], np.minimum(cuts * block, units), [units]]).astype(np.int32)
 
 
 def pack_bsr(
@@ -148,35 +150,7 @@ def pack_bsr(
     CompileError
         The layers do not have the shape, bits, group size or number of groups `spec` says.
     """
-    layout = BsrLayout.of(spec, config)
-
-    def encode(source: npt.NDArray[np.int64]) -> Array:
-        codes = np.concatenate([_codes(p, spec, layout) for p in parts])[source]
-        return _spare(codes).reshape(-1)
-
-    return pack_parts(spec, config, parts, encode)
-
-
-def pack_parts(
-    spec: LinearSpec,
-    config: GenericConfig,
-    parts: Sequence[BSRLayer],
-    encode: Callable[[npt.NDArray[np.int64]], Array],
-) -> dict[str, Array]:
-    """Pack folded layers, with codes in an order of the caller's.
-
-    Parameters
-    ----------
-    encode : callable
-        Takes, for every stored group, its number among those of all parts; returns the codes,
-        uint8 [(nnz + BLOCK) G bits / 8].
-
-    Raises
-    ------
-    CompileError
-        The layers do not have the shape, bits, group size or number of groups `spec` says.
-    """
-    _check_parts(spec, parts)
+    check_parts(spec, parts)
     layout = BsrLayout.of(spec, config)
     counts = np.concatenate([np.diff(p.indptr) for p in parts]).astype(np.int64)
     starts = np.concatenate([[0], np.cumsum(counts)])
@@ -186,8 +160,9 @@ def pack_parts(
     # Where each stored group comes from: its row's first group plus its place in the row.
     source = np.repeat(starts[rows] - new_starts[:-1], counts) + np.arange(spec.nnz)
 
+    codes = np.concatenate([_codes(p, spec, layout) for p in parts])[source]
     packed: dict[str, Array] = {
-        "codes": encode(source),
+        "codes": _spare(codes).reshape(-1),
         "scales": _spare(np.concatenate([p.scales for p in parts])[source]),
     }
     if layout.meta is not None:
@@ -206,7 +181,14 @@ def pack_parts(
     return packed
 
 
-def _check_parts(spec: LinearSpec, parts: Sequence[BSRLayer]) -> None:
+def check_parts(spec: LinearSpec, parts: Sequence[BSRLayer]) -> None:
+    """Check that layers are what a kernel was built for.
+
+    Raises
+    ------
+    CompileError
+        They do not have the shape, bits, group size or number of groups `spec` says.
+    """
     found = (sum(p.shape[0] for p in parts), sum(p.nnz for p in parts))
     names = ", ".join(p.name for p in parts)
     if found != (spec.n, spec.nnz):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import TypeVar
 
 from gqsa_compiler._tvm import B
@@ -18,6 +19,26 @@ RowSums = Callable[[Inputs, Expr, Expr, int, Buffer, Expr], None]
 """``row_sums(inputs, row, token, tile, sums, at)`` emits the dot products of a stored row with
 the `tile` tokens from `token` on, into ``sums[at:at + tile]``."""
 
+OneToken = Callable[[Inputs, Outputs, Expr, Expr], None]
+"""``one_token(inputs, outputs, start, end)`` emits the output features ``start`` to ``end``."""
+
+
+@dataclass(frozen=True)
+class ManyTokens:
+    """Another way to compute many tokens than in tiles, row by row.
+
+    Parameters
+    ----------
+    least : int
+        Tokens from which it is used.
+    prepare : callable
+        Emits what happens to the activations first; returns what emits a task's output features
+        ``emit(outputs, start, end)``.
+    """
+
+    least: int
+    prepare: Callable[[], Callable[[Outputs, Expr, Expr], None]]
+
 
 def emit_tasks(
     spec: LinearSpec,
@@ -26,6 +47,8 @@ def emit_tasks(
     prepare: Callable[[TilePlan | None], Inputs],
     row_sums: RowSums[Inputs],
     in_task: Callable[[Inputs], Inputs] = lambda inputs: inputs,
+    one_token: OneToken[Inputs] | None = None,
+    many_tokens: ManyTokens | None = None,
 ) -> None:
     """Emit a layer for any number of tokens: code for one, and for each size of tile.
 
@@ -36,14 +59,21 @@ def emit_tasks(
     row_sums : callable
     in_task : callable
         Emits what each task does first where there are several tokens; returns its inputs.
+    one_token : callable or None
+        Emits the outputs of one token; None: `row_sums` of a tile of one, row by row.
+    many_tokens : ManyTokens or None
+        What is used from a number of tokens on; None: tiles.
     """
     outputs = Outputs(spec, args.tokens, args.bias, args.residual, args.out)
     task_units = args.params["task_units"]
     rows = 2 if spec.epilogue.gated else 1
 
-    def units(inputs: Inputs, task: Expr, token: Expr, tile: int) -> None:
+    def bounds(task: Expr) -> tuple[Expr, Expr]:
         start = B.bind(int64(load(task_units, task)))
-        end = B.bind(int64(load(task_units, task + int64(1))))
+        return start, B.bind(int64(load(task_units, task + int64(1))))
+
+    def units(inputs: Inputs, task: Expr, token: Expr, tile: int) -> None:
+        start, end = bounds(task)
         with B.serial(int64(0), end - start) as i:
             unit_sums(inputs, B.bind(start + i), token, tile)
 
@@ -60,19 +90,34 @@ def emit_tasks(
             with B.serial(int64(0), tiles) as i:
                 units(own, task, B.bind(token + i * int64(tile)), tile)
 
+    def in_tiles() -> None:
+        plan = TilePlan.of(args.tokens, config.tiles)
+        inputs = prepare(plan)
+        with B.If(plan.full > int64(0)), B.Then():
+            tasks(inputs, plan.big, int64(0), plan.full)
+        # Conditions are read from memory: TVM would try to prove every expression under them.
+        chosen = local(1, "int64")
+        store(chosen, plan.rest_size(), 0)
+        for tile in plan.sizes[:-1]:
+            with B.If(load(chosen, 0) == int64(tile)), B.Then():
+                tasks(inputs, tile, plan.start, int64(1))
+
     with B.If(args.tokens == int64(1)):
         with B.Then():
             inputs = prepare(None)
             with B.parallel(int64(0), int64(config.tasks)) as task:
-                units(inputs, task, int64(0), 1)
+                if one_token is None:
+                    units(inputs, task, int64(0), 1)
+                else:
+                    one_token(inputs, outputs, *bounds(task))
         with B.Else():
-            plan = TilePlan.of(args.tokens, config.tiles)
-            inputs = prepare(plan)
-            with B.If(plan.full > int64(0)), B.Then():
-                tasks(inputs, plan.big, int64(0), plan.full)
-            # Conditions are read from memory: TVM would try to prove every expression under them.
-            chosen = local(1, "int64")
-            store(chosen, plan.rest_size(), 0)
-            for tile in plan.sizes[:-1]:
-                with B.If(load(chosen, 0) == int64(tile)), B.Then():
-                    tasks(inputs, tile, plan.start, int64(1))
+            if many_tokens is None:
+                in_tiles()
+            else:
+                with B.If(args.tokens < int64(many_tokens.least)):
+                    with B.Then():
+                        in_tiles()
+                    with B.Else():
+                        emit = many_tokens.prepare()
+                        with B.parallel(int64(0), int64(config.tasks)) as task:
+                            emit(outputs, *bounds(task))

@@ -41,22 +41,17 @@ class Inputs:
         int32, one-dimensional: two 16-bit values in each, the lower column in the low half.
     scales : Buffer
         float32, one a token.
-    front : int
-        Elements (of 32 bits) before the first token, which a vector may begin in.
     scratch : Scratch or None
         Where the task decodes weights to; None for one token.
     """
 
     values: Buffer
     scales: Buffer
-    front: int
     scratch: Scratch | None = None
 
     def load(self, offset: Expr, lanes: int) -> Expr:
-        """Load `lanes` 16-bit values from an even offset, in values, on."""
-        pairs = lanes // 2
-        words = load(self.values, B.shift_right(offset, int64(1)) + int64(self.front), lanes=pairs)
-        return B.reinterpret(f"int16x{lanes}", words)
+        """Load `lanes` 16-bit values from an offset on, which counts pairs of them."""
+        return B.reinterpret(f"int16x{lanes}", load(self.values, offset, lanes=lanes // 2))
 
 
 def prepare(
@@ -75,20 +70,19 @@ def prepare(
     plan : TilePlan or None
         None: there is one token.
     slack : int
-        Values that may be read before the first one and after the last one.
+        Values that may be read after the last one.
     """
     capacity = int64(1) if plan is None else B.bind(plan.capacity())
-    front = slack // 2
-    extent = capacity * int64(spec.k // 2) + int64(2 * front)
+    extent = capacity * int64(spec.k // 2) + int64(slack // 2)
     values = B.alloc_buffer((extent,), "int32")
     scales = B.alloc_buffer((capacity,), "float32")
-    inputs = Inputs(values, scales, front)
+    inputs = Inputs(values, scales)
     if plan is None:
-        _write(spec, config, x, norm, inputs, int64(0), int64(front), None)
+        _write(spec, config, x, norm, inputs, int64(0), int64(0), None)
         return inputs
     with B.parallel(int64(0), capacity) as token:
         first, size, within = plan.place(token)
-        begin = B.bind(B.floordiv(first * int64(spec.k), int64(2)) + int64(front))
+        begin = B.bind(B.floordiv(first * int64(spec.k), int64(2)))
         wide = size >= int64(config.lanes)
         stride = B.bind(B.Select(wide, size, int64(1)))
         at = B.bind(begin + within * B.Select(wide, int64(1), int64(spec.k // 2)))

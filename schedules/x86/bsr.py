@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from typing import Any, ClassVar
@@ -12,19 +13,28 @@ import numpy.typing as npt
 
 from gqsa_compiler.checkpoint import BSRLayer
 from gqsa_compiler.schedules.generic.config import GenericConfig, has_native_half
-from gqsa_compiler.schedules.generic.emit import vector_lanes
+from gqsa_compiler.schedules.generic.emit import Expr, vector_lanes
+from gqsa_compiler.schedules.generic.epilogue import Outputs
 from gqsa_compiler.schedules.generic.function import Arguments, kernel
-from gqsa_compiler.schedules.generic.layout import BsrLayout, units_of
-from gqsa_compiler.schedules.generic.tasks import emit_tasks
+from gqsa_compiler.schedules.generic.layout import units_of
+from gqsa_compiler.schedules.generic.tasks import ManyTokens, emit_tasks
 from gqsa_compiler.schedules.generic.tiles import TilePlan
 from gqsa_compiler.schedules.rule import ScheduleRule
 from gqsa_compiler.schedules.spec import LinearSpec, ParamSpec
+from gqsa_compiler.schedules.x86 import bfloat16
 from gqsa_compiler.schedules.x86.activations import Inputs, prepare
 from gqsa_compiler.schedules.x86.dot import row_sums
-from gqsa_compiler.schedules.x86.layout import Chunks, pack
+from gqsa_compiler.schedules.x86.one_token import one_token
+from gqsa_compiler.schedules.x86.records import Records, pack, stored
 from gqsa_compiler.schedules.x86.scratch import Scratch
 from gqsa_compiler.schedules.x86.weights import Weights
+from gqsa_compiler.schedules.x86.wide import LEAST, prepare_wide, wide
 from gqsa_compiler.targets import TargetSpec
+
+
+def has_bfloat16(target: TargetSpec) -> bool:
+    """Say whether many tokens are multiplied as bfloat16."""
+    return bfloat16.FEATURE in target.features
 
 
 class X86Bsr(ScheduleRule[GenericConfig]):
@@ -36,7 +46,7 @@ class X86Bsr(ScheduleRule[GenericConfig]):
         Codes that it runs.
     """
 
-    layout_version = 2
+    layout_version = 3
     bits: ClassVar[tuple[int, ...]]
 
     def packed_by(self, config: GenericConfig) -> int:
@@ -57,12 +67,12 @@ class X86Bsr(ScheduleRule[GenericConfig]):
         lanes = vector_lanes(target)
         # Few tokens one after the other, many side by side in the lanes of one or two vectors: four
         # read more activations at once than the second-level cache keeps, and are slower.
-        tiles = (4, lanes, 2 * lanes)
+        tiles = (4,) if has_bfloat16(target) else (4, lanes, 2 * lanes)
         return (GenericConfig(max(1, min(64, units_of(spec))), lanes, tiles),)
 
     def params(self, spec: LinearSpec, config: GenericConfig) -> tuple[ParamSpec, ...]:
         """Describe the packed tensors, in the order `build` takes them."""
-        return BsrLayout.of(spec, config).params(spec, config)
+        return Records.of(spec).params(spec, config)
 
     def pack(
         self,
@@ -75,36 +85,48 @@ class X86Bsr(ScheduleRule[GenericConfig]):
 
     def build(self, spec: LinearSpec, config: GenericConfig, target: TargetSpec) -> Any:
         """Return the scheduled PrimFunc; see `ScheduleRule.build` for its arguments."""
-        layout, chunks = BsrLayout.of(spec, config), Chunks.of(spec, config)
 
         def body(args: Arguments) -> None:
             weights = Weights(
                 spec,
-                layout,
-                chunks,
+                Records.of(spec),
                 2 * config.lanes,
                 has_native_half(target),
-                args.params["codes"],
-                args.params["scales"],
-                args.params.get("meta"),
+                args.params["records"],
+                args.params.get("factors"),
                 args.params.get("row_starts"),
             )
-            # A row of a layer with all groups may begin in the middle of a unit.
-            slack = 0 if weights.aligned else chunks.groups * chunks.group_size
 
             def prepared(plan: TilePlan | None) -> Inputs:
-                return prepare(spec, config, args.x, args.norm, args.tokens, plan, slack)
+                return prepare(spec, config, args.x, args.norm, args.tokens, plan, weights.overhang)
+
+            def many() -> Callable[[Outputs, Expr, Expr], None]:
+                inputs = prepare_wide(spec, config, args.x, args.norm, args.tokens)
+                return partial(wide, weights, inputs)
 
             def with_scratch(inputs: Inputs) -> Inputs:
                 return replace(inputs, scratch=Scratch.allocate())
 
             emit_tasks(
-                spec, config, args, prepared, partial(row_sums, weights), in_task=with_scratch
+                spec,
+                config,
+                args,
+                prepared,
+                partial(row_sums, weights),
+                in_task=with_scratch,
+                one_token=partial(one_token, weights),
+                many_tokens=ManyTokens(LEAST, many) if has_bfloat16(target) else None,
             )
 
-        # `code_key` leaves the number of groups out, so their tensors have any length.
-        open_extents = frozenset() if layout.full else frozenset({"codes", "scales", "meta"})
-        return kernel(spec, self.params(spec, config), body, open_extents=open_extents)
+        def whole(args: Arguments) -> None:
+            with bfloat16.helpers() if has_bfloat16(target) else nullcontext():
+                body(args)
+
+        return kernel(spec, self.params(spec, config), whole)
+
+    def stored(self, spec: LinearSpec, part: BSRLayer) -> npt.NDArray[np.float64]:
+        """Decode a layer as its packed tensors have it, float64 [N, K]."""
+        return stored(spec, part)
 
 
 class X86BsrInt2(X86Bsr):

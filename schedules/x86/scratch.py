@@ -25,28 +25,43 @@ class Scratch:
     pairs : Buffer
         int32 [BLOCK_BYTES / 4]: codes less their zero points, two in each.
     scales : Buffer
-        float32, one a group; 0 for those outside the row.
+        float32, one a group, without the row's factor.
+    columns : Buffer
+        int32, the column that each group begins with, in pairs of columns.
     """
 
     pairs: Buffer
     scales: Buffer
+    columns: Buffer
 
     @classmethod
     def allocate(cls) -> Scratch:
         """Emit the allocation, which is a task's."""
         pairs = B.alloc_buffer((BLOCK_BYTES // 4,), "int32")
-        # More than 1 kB, or TVM puts it on the stack.
-        scales = B.alloc_buffer((2 * BLOCK_BYTES // _LEAST_GROUP,), "float32")
-        return cls(pairs, scales)
+        # More than 1 kB, or TVM puts them on the stack.
+        groups = 2 * BLOCK_BYTES // _LEAST_GROUP
+        return cls(pairs, B.alloc_buffer((groups,), "float32"), B.alloc_buffer((groups,), "int32"))
 
-    def decode(self, weights: Weights, unit: Expr, place: Expr, first: Expr, last: Expr) -> None:
-        """Emit the decoding of a unit to the block's unit number `place`."""
+    def decode(
+        self, weights: Weights, record: Expr, unit: Expr, place: Expr, column: Buffer
+    ) -> None:
+        """Emit the decoding of a record to the block's unit number `unit`.
+
+        Parameters
+        ----------
+        place, column
+            As `Weights.unit_columns` takes them.
+        """
         chunks = weights.chunks
         half = chunks.lanes // 2
         group = B.bind(unit * int64(chunks.groups))
-        scales = weights.unit_scales(group, first, last)
-        store(self.scales, scales, place * int64(chunks.groups), lanes=chunks.groups)
-        start = B.bind(place * int64(chunks.vectors * half))
-        for v, code in enumerate(weights.unit_codes(unit, weights.unit_zeros(group))):
+        store(self.scales, weights.unit_scales(record), group, lanes=chunks.groups)
+        last = int64((weights.spec.k - weights.spec.group_size) // 2)
+        for g, first in enumerate(weights.unit_columns(record, place, column)):
+            # What fills up a row of all groups has no columns of its own; its scale is 0.
+            inside = B.min(first, last) if weights.overhang else first
+            store(self.columns, B.Cast("int32", inside), group + int64(g))
+        start = B.bind(unit * int64(chunks.vectors * half))
+        for v, code in enumerate(weights.unit_codes(record, weights.unit_zeros(record))):
             words = B.reinterpret(f"int32x{half}", code)
             store(self.pairs, words, start + int64(v * half), lanes=half)

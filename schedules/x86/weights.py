@@ -7,22 +7,22 @@ from dataclasses import dataclass
 
 from gqsa_compiler._tvm import B
 from gqsa_compiler.checkpoint import symmetric_zero
-from gqsa_compiler.schedules.generic.bsr_dot import stored_row
 from gqsa_compiler.schedules.generic.emit import (
     Buffer,
     Expr,
     broadcast,
     cast,
     const,
-    constants,
     half_to_float,
     int64,
     load,
     pick,
+    store,
+    vector,
 )
-from gqsa_compiler.schedules.generic.layout import BsrLayout
 from gqsa_compiler.schedules.spec import LinearSpec
-from gqsa_compiler.schedules.x86.layout import Chunks
+from gqsa_compiler.schedules.x86.chunks import Chunks
+from gqsa_compiler.schedules.x86.records import Records
 
 
 @dataclass(frozen=True)
@@ -36,104 +36,120 @@ class Weights:
     """
 
     spec: LinearSpec
-    layout: BsrLayout
-    chunks: Chunks
+    records: Records
     lanes: int
     native_half: bool
-    codes: Buffer
-    scales: Buffer
-    meta: Buffer | None
+    bytes: Buffer
+    factors: Buffer | None
     row_starts: Buffer | None
 
     @property
-    def row_groups(self) -> int:
-        """Groups of a row where all are kept."""
-        return self.spec.k // self.spec.group_size
+    def chunks(self) -> Chunks:
+        """How codes lie in a record."""
+        return self.records.chunks
 
     @property
-    def aligned(self) -> bool:
-        """Whether every row begins and ends with a unit."""
-        return self.layout.full and self.row_groups % self.chunks.groups == 0
+    def overhang(self) -> int:
+        """Columns that the units of a row reach beyond it, where all groups are kept."""
+        if not self.records.full:
+            return 0
+        width = self.chunks.groups * self.spec.group_size
+        return self.records.row_units(self.spec) * width - self.spec.k
 
     def row(self, row: Expr) -> tuple[Expr, Expr]:
-        """Emit the first and the past-the-last group of a stored row, int64."""
-        return stored_row(self.spec, self.row_starts, row)
+        """Emit the first and the past-the-last unit of a stored row, int64."""
+        if self.row_starts is None:
+            units = self.records.row_units(self.spec)
+            first = B.bind(row * int64(units))
+            return first, B.bind(first + int64(units))
+        first = B.bind(int64(load(self.row_starts, row)))
+        return first, B.bind(int64(load(self.row_starts, row + int64(1))))
 
-    def units(self, first: Expr, last: Expr) -> tuple[Expr, Expr]:
-        """Emit the first and the past-the-last unit that a row's groups lie in, int64."""
+    def factor(self, row: Expr) -> Expr:
+        """Emit what all of a row's scales are multiplied by, float32."""
+        return const(1.0, "float32") if self.factors is None else load(self.factors, row)
+
+    def start(self, unit: Expr) -> Expr:
+        """Emit where a unit's record begins, int64."""
+        return B.bind(unit * int64(self.records.size))
+
+    def unit_scales(self, record: Expr) -> Expr:
+        """Emit the scales of a unit's groups without their row's factor, float32."""
         count = self.chunks.groups
-        return (
-            B.bind(B.floordiv(first, int64(count))),
-            B.bind(B.floordiv(last + int64(count - 1), int64(count))),
-        )
+        at = record + int64(self.records.scales_at)
+        if self.records.half_scales:
+            raw = load(self.bytes, at, lanes=2 * count)
+            half = B.reinterpret(vector("float16", count), raw)
+            return B.bind(half_to_float(half, count, native=self.native_half))
+        raw = load(self.bytes, at, lanes=count)
+        if not self.records.symmetric:
+            root = B.bind(cast("float32", cast("int32", raw, count), count))
+            return B.bind(root * root)
+        signed = cast("int32", B.reinterpret(vector("int8", count), raw), count)
+        root = B.bind(cast("float32", signed, count))
+        return B.bind(root * B.abs(root))
 
-    def unit_scales(self, group: Expr, first: Expr, last: Expr) -> Expr:
-        """Emit the scales of the unit that begins with `group`, float32; 0 outside the row."""
-        count = self.chunks.groups
-        scales = half_to_float(
-            load(self.scales, group, lanes=count), count, native=self.native_half
-        )
-        if self.aligned or count == 1:
-            return B.bind(scales)
-        begin = broadcast(B.Cast("int32", group - first), count)
-        place = B.bind(begin + constants(range(count), "int32"))
-        below = place < broadcast(B.Cast("int32", last - first), count)
-        inside = B.And(place >= broadcast(const(0, "int32"), count), below)
-        return B.bind(B.Select(inside, scales, broadcast(const(0.0, "float32"), count)))
-
-    def unit_zeros(self, group: Expr) -> Expr:
+    def unit_zeros(self, record: Expr) -> Expr:
         """Emit the zero points of a unit's groups, int16."""
-        count = self.chunks.groups
-        if self.spec.symmetric or self.meta is None:
+        records, count = self.records, self.chunks.groups
+        if records.symmetric:
             return broadcast(const(symmetric_zero(self.spec.bits), "int16"), count)
-        meta = cast("uint16", load(self.meta, group, lanes=count), count)
-        mask = broadcast(const((1 << self.chunks.bits) - 1, "uint16"), count)
-        return B.bind(cast("int16", B.bitwise_and(meta, mask), count))
+        if records.zeros_in_steps or records.zero_bytes == count:
+            at = records.steps_at if records.zeros_in_steps else records.zeros_at
+            zeros = load(self.bytes, record + int64(at), lanes=count)
+            if self.chunks.bits < 8:
+                zeros = B.bitwise_and(zeros, broadcast(const(15, "uint8"), count))
+            return B.bind(cast("int16", zeros, count))
+        half = records.zero_bytes
+        both = B.bind(load(self.bytes, record + int64(records.zeros_at), lanes=half))
+        low = B.bind(B.bitwise_and(both, broadcast(const(15, "uint8"), half)))
+        high = B.bind(B.shift_right(both, broadcast(const(4, "uint8"), half)))
+        return B.bind(cast("int16", pick([low, high], range(count)), count))
 
-    def unit_columns(self, group: Expr, first: Expr) -> list[Expr]:
-        """Emit the columns that a unit's groups begin with, int64."""
-        count, size = self.chunks.groups, self.spec.group_size
-        if self.layout.full or self.meta is None:
-            start = B.bind((group - first) * int64(size))
-            return [start + int64(g * size) for g in range(count)]
-        bits = 32 if self.layout.meta == "uint32" else 16
-        if count * bits < 64:
-            return [self.column(group + int64(g), first) for g in range(count)]
-        # Taken apart in scalar registers: LLVM would compute them as a vector and extract each.
-        columns = []
-        for start in range(0, count, 64 // bits):
-            word = B.bind(
-                B.reinterpret("uint64", load(self.meta, group + int64(start), lanes=64 // bits))
-            )
-            for i in range(64 // bits):
-                field = B.shift_right(word, const(bits * i, "uint64"))
-                field = B.bitwise_and(field, const((1 << bits) - 1, "uint64"))
-                columns.append(self._column_of(B.Cast("int64", field)))
+    def unit_columns(self, record: Expr, place: Expr, column: Buffer) -> list[Expr]:
+        """Emit the columns that a unit's groups begin with, in pairs of columns, int64.
+
+        Parameters
+        ----------
+        place : Expr
+            The unit's number in its row.
+        column : Buffer
+            int64 [1], the last of them of the unit before, at first 0; moved on.
+        """
+        records, size = self.records, self.spec.group_size
+        count = self.chunks.groups
+        if records.full:
+            start = B.bind(place * int64(count * size // 2))
+            return [start + int64(g * size // 2) for g in range(count)]
+        here, columns = load(column, 0), []
+        at = record + int64(records.steps_at)
+        # In scalar registers: LLVM would compute them as a vector and extract each.
+        for first in range(0, count, 8):
+            lanes = min(8, count - first)
+            raw = load(self.bytes, at + int64(first), lanes=lanes)
+            word = B.bind(B.Cast("uint64", B.reinterpret(f"uint{8 * lanes}", raw)))
+            for g in range(lanes):
+                here = B.bind(here + int64(self._step(word, g)))
+                columns.append(here)
+        store(column, here, 0)
         return columns
 
-    def column(self, group: Expr, first: Expr) -> Expr:
-        """Emit the column that a stored group begins with, int64; `first` is its row's first."""
-        if self.layout.full or self.meta is None:
-            return B.bind((group - first) * int64(self.spec.group_size))
-        return self._column_of(int64(load(self.meta, group)))
+    def _step(self, word: Expr, group: int) -> Expr:
+        """Emit the pairs of columns that byte `group` of a word of 64 bits steps over."""
+        # (byte, or its high half) * G / 2 in one shift and one mask.
+        bit, most = (8 * group, 255) if not self.records.zeros_in_steps else (8 * group + 4, 15)
+        power = self.spec.group_size.bit_length() - 2
+        by = const(abs(bit - power), "uint64")
+        if bit != power:
+            word = B.shift_right(word, by) if bit > power else B.shift_left(word, by)
+        return B.bitwise_and(word, const(most << power, "uint64"))
 
-    def _column_of(self, meta: Expr) -> Expr:
-        size = self.spec.group_size
-        # (meta >> shift) * G in one mask and one shift.
-        shift, power = self.layout.meta_shift, size.bit_length() - 1
-        if shift:
-            meta = B.bitwise_and(meta, int64(-(1 << shift)))
-        by = power - shift
-        return B.bind(B.shift_left(meta, int64(by)) if by >= 0 else B.shift_right(meta, int64(-by)))
-
-    def unit_codes(self, unit: Expr, zeros: Expr) -> list[Expr]:
+    def unit_codes(self, record: Expr, zeros: Expr) -> list[Expr]:
         """Emit a unit's codes less their zero points: vectors of int16, in the groups' order."""
         chunks = self.chunks
-        byte = B.bind(unit * int64(chunks.bytes))
         vectors = []
         for chunk in range(chunks.chunks):
-            start = byte + int64(chunk * chunks.lanes)
-            raw = load(self.codes, start, lanes=chunks.lanes)
+            raw = load(self.bytes, record + int64(chunk * chunks.lanes), lanes=chunks.lanes)
             raw = B.bind(cast("uint16", raw, chunks.lanes))
             for field in range(chunks.fields):
                 code = raw

@@ -17,7 +17,8 @@ from gqsa_compiler.targets import parse_target
 from tests.tiny_checkpoints import make_checkpoint
 from tests.tiny_models import FAMILIES, VOCAB_SIZE, make_tiny
 
-TOLERANCE = {"float32": 2e-3, "int16": 4e-3, "int8": 2e-2}
+# The x86 kernels for int16 pack scales in 8 bits, too; short rows, as here, average little out.
+TOLERANCE = {"float32": 2e-3, "int16": 1e-2, "int8": 2e-2}
 # Keys and values are each off by at most 2**-11 of themselves, hence attention by little more.
 HALF_CACHE = 2.0**-10
 CHUNK = 16

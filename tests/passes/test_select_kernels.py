@@ -14,7 +14,7 @@ from gqsa_compiler.errors import CompileError
 from gqsa_compiler.passes.pipeline import PipelineOptions, run
 from gqsa_compiler.passes.plan import PackedTensor, PackPlan, RawTensor, folded_name
 from gqsa_compiler.passes.records import ParamRecord
-from gqsa_compiler.passes.select_kernels import SelectKernels
+from gqsa_compiler.passes.select_kernels import GET_ITEM, SelectKernels
 from gqsa_compiler.targets import parse_target
 from tests.checkpoint.helpers import random_layer
 from tests.passes.helpers import apply, bsr, dense, ops
@@ -56,13 +56,28 @@ def bound(mod: tvm.IRModule, records: list[ParamRecord]) -> tvm.IRModule:
     return apply(mod, BindRecords(records), *graph_phase())
 
 
+def pure_packed_calls(mod: tvm.IRModule) -> list[relax.Call]:
+    """List the calls of packed functions without effects, of all functions."""
+    found = []
+
+    def visit(expr: relax.Expr) -> None:
+        if isinstance(expr, relax.Call) and getattr(expr.op, "name", "") == "relax.call_pure_packed":
+            found.append(expr)
+
+    for _, func in mod.functions_items():
+        if isinstance(func, relax.Function):
+            relax.analysis.post_order_visit(func.body, visit)
+    return found
+
+
 def test_layers_that_differ_in_kept_groups_share_one_function() -> None:
     plan = PackPlan()
     mod = apply(bound(Tied, tied_records()), SelectKernels(parse_target("cpu"), plan))
     functions = [g for g, f in mod.functions_items() if isinstance(f, tirx.PrimFunc)]
     assert len(functions) == 2, "one for both compressed layers, one for the head"
     assert [kernel.name for kernel in plan.kernels] == ["first", "second", "table"]
-    assert "relax.call_pure_packed" not in ops(mod)
+    names = {str(call.args[0].global_symbol) for call in pure_packed_calls(mod)}
+    assert names == {GET_ITEM}, "no linear op is left"
 
 
 def test_a_tied_embedding_is_one_tensor() -> None:
@@ -78,8 +93,17 @@ def test_every_function_takes_its_inputs_and_the_same_tuple() -> None:
     mod = apply(bound(Tied, tied_records()), SelectKernels(parse_target("cpu"), plan))
     tokens, params = mod["main"].params
     assert str(tokens.name) == "tokens"
-    shapes = [(tuple(int(d) for d in f.shape), str(f.dtype)) for f in params.ty.fields]
-    assert shapes == [(t.shape, t.dtype) for t in plan.tensors]
+    assert isinstance(params.ty, relax.ObjectType)
+    made = {
+        int(call.args[2].value): call.ty_args[0]
+        for call in pure_packed_calls(mod)
+        if call.args[1].same_as(params)
+    }
+    assert sorted(made) == list(range(len(plan.tensors)))
+    for place, tensor in enumerate(plan.tensors):
+        assert (made[place].ndim, str(made[place].dtype)) == (len(tensor.shape), tensor.dtype)
+        if None not in tensor.shape:
+            assert tuple(int(size) for size in made[place].shape) == tensor.shape
 
 
 def test_a_compressed_parameter_with_another_use_is_an_error_that_names_it() -> None:
