@@ -24,7 +24,17 @@ _SCHEDULES = _CHECKPOINT | {"schedules"}
 _PASSES = _SCHEDULES | {"passes"}
 _MODELS = _SCHEDULES | {"models"}
 _FRONTENDS = _PASSES | {"models", "frontends"}
-_VERBS = _FRONTENDS | {"compress", "compile", "evaluate", "bench", "profile", "inspect", "runtime"}
+_VERBS = _FRONTENDS | {
+    "compress",
+    "compile",
+    "convert",
+    "evaluate",
+    "export",
+    "bench",
+    "profile",
+    "inspect",
+    "runtime",
+}
 MAY_IMPORT = {
     "runtime": set(),
     "errors": {"runtime"},
@@ -48,6 +58,9 @@ MAY_IMPORT = {
     "compress": _FRONTENDS | {"bandwidth"},
     "compile": _FRONTENDS | {"artefact", "compress", "head", "report", "runtime"},
     "evaluate": _FRONTENDS | {"runtime"},
+    "convert": _FRONTENDS,
+    "export": _FRONTENDS,
+    "hf": _CHECKPOINT,
     "bench": {"errors", "bandwidth", "profile", "progress", "runtime"},
     "profile": {"progress", "runtime", "trace"},
     "trace": {"errors", "runtime"},

@@ -1,6 +1,7 @@
 """The GQSA checkpoint format (docs/format.md): read, write, validate, convert."""
 
 from gqsa_compiler.checkpoint.bits import pack_codes, unpack_codes
+from gqsa_compiler.checkpoint.compressed_layers import CompressedLayers
 from gqsa_compiler.checkpoint.config import FORMAT_VERSION, LayerScheme, QuantizationConfig
 from gqsa_compiler.checkpoint.convert import (
     decode_groups,
@@ -20,6 +21,7 @@ __all__ = [
     "BSRLayer",
     "CheckpointReader",
     "CheckpointWriter",
+    "CompressedLayers",
     "LayerScheme",
     "QuantizationConfig",
     "SafetensorsFile",

@@ -13,7 +13,9 @@ from gqsa_compiler.cli.chat import chat
 from gqsa_compiler.cli.command import EXIT_USAGE, report_error, say_error
 from gqsa_compiler.cli.compile import compile_
 from gqsa_compiler.cli.compress import compress
+from gqsa_compiler.cli.convert import convert
 from gqsa_compiler.cli.eval import eval_
+from gqsa_compiler.cli.export import export
 from gqsa_compiler.cli.inspect import inspect
 from gqsa_compiler.cli.run import run
 from gqsa_compiler.cli.signals import SIGNAL_BASE, Stopped, stop_signals
@@ -26,6 +28,8 @@ VERBS: dict[str, Callable[..., None]] = {
     "eval": eval_,
     "bench": bench,
     "inspect": inspect,
+    "convert": convert,
+    "export": export,
 }
 
 

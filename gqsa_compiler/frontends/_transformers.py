@@ -6,7 +6,7 @@ Written for transformers 5.23. A name that is gone is one clear error and no tra
 from __future__ import annotations
 
 import importlib
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from importlib.metadata import version
 from typing import Any
@@ -62,8 +62,8 @@ def gguf_tensor_processor(architecture: str, config: Mapping[str, Any]) -> Any:
     return private(_GGUF, "TENSOR_PROCESSORS").get(architecture, default)(config=config)
 
 
-def gguf_tokenizer_splits() -> Collection[str]:
-    """Return the values of ``tokenizer.ggml.pre`` that transformers splits text for."""
+def gguf_tokenizer_splits() -> Mapping[str, str]:
+    """Return the values of ``tokenizer.ggml.pre`` that transformers splits text for, and how."""
     module = "transformers.integrations.gguf.gguf_tokenizer_mapping"
-    splits: Collection[str] = private(module, "GGUF_PRE_TOKENIZER_SPLITS")
+    splits: Mapping[str, str] = private(module, "GGUF_PRE_TOKENIZER_SPLITS")
     return splits

@@ -129,6 +129,19 @@ class GGUFSource(ModelSource):
         processed = self._processor.process(weights=weights, name=tensor.name).weights
         return np.ascontiguousarray(processed, dtype=self._dtype(tensor))
 
+    def stored_type(self, name: str) -> str:
+        """Return GGUF's name of a tensor's type, e.g. ``Q4_0``."""
+        return str(self._lookup(name).tensor_type.name)
+
+    def stored_bytes(self, name: str) -> npt.NDArray[np.uint8]:
+        """Map a quantised tensor as it is stored, uint8 [N, bytes of a row]."""
+        return np.asarray(self._lookup(name).data)
+
+    def in_order(self, name: str, rows: npt.NDArray[Any]) -> npt.NDArray[Any]:
+        """Bring rows of a stored matrix, such as its codes, into transformers' order."""
+        stored = self._lookup(name).name
+        return np.asarray(self._processor.process(weights=rows, name=stored).weights)
+
     @property
     def disk_bytes(self) -> int:
         """See `ModelSource.disk_bytes`."""

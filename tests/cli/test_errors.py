@@ -103,9 +103,9 @@ def test_unknown_architecture(
 @pytest.mark.parametrize(
     ("quantization", "kind"),
     [
-        ({"quant_method": "gptq", "bits": 4}, "a GPTQ checkpoint"),
-        ({"quant_method": "awq", "bits": 4}, "an AWQ checkpoint"),
-        ({"quant_method": "compressed-tensors"}, "a compressed-tensors checkpoint"),
+        ({"quant_method": "gptq", "bits": 4}, "marked as quantised by GPTQ"),
+        ({"quant_method": "awq", "bits": 4}, "marked as quantised by AWQ"),
+        ({"quant_method": "compressed-tensors"}, "quantised by compressed-tensors, but"),
         ({"quant_method": "bitsandbytes", "load_in_4bit": True}, "a bitsandbytes checkpoint"),
         ({"quant_method": ["gptq"]}, "quantised checkpoint"),
     ],

@@ -45,7 +45,10 @@ def test_help_lists_every_verb(gqsa: Gqsa) -> None:
     done = gqsa("--help")
     assert done.code == 0
     assert all(verb in done.out for verb in VERBS)
-    assert tuple(VERBS) == ("compress", "compile", "run", "chat", "eval", "bench", "inspect")
+    assert tuple(VERBS) == (
+        *("compress", "compile", "run", "chat", "eval", "bench", "inspect"),
+        *("convert", "export"),
+    )
 
 
 @pytest.mark.parametrize("verb", VERBS)

@@ -17,7 +17,7 @@ from gqsa_compiler.passes.records import ParamRecord
 from gqsa_compiler.passes.select_kernels import GET_ITEM, SelectKernels
 from gqsa_compiler.targets import parse_target
 from tests.checkpoint.helpers import random_layer
-from tests.passes.helpers import apply, bsr, dense, ops
+from tests.passes.helpers import apply, bsr, dense
 from tests.passes.test_graph import MLP_RECORDS, Mlp, graph_phase
 
 
@@ -61,7 +61,8 @@ def pure_packed_calls(mod: tvm.IRModule) -> list[relax.Call]:
     found = []
 
     def visit(expr: relax.Expr) -> None:
-        if isinstance(expr, relax.Call) and getattr(expr.op, "name", "") == "relax.call_pure_packed":
+        name = getattr(expr.op, "name", "") if isinstance(expr, relax.Call) else ""
+        if name == "relax.call_pure_packed":
             found.append(expr)
 
     for _, func in mod.functions_items():

@@ -1,0 +1,1 @@
+"""Checkpoints of other quantisers, taken over code by code: GPTQ, AWQ, compressed-tensors, GGUF."""
