@@ -30,6 +30,7 @@ from tvm.script import relax as R
 from tvm.script import tirx as T
 from tvm.script.ir_builder import IRBuilder
 from tvm.target import Target
+from tvm.tirx.build import split_host_device_mods
 from tvm.tirx.compilation_pipeline import finalize_host_passes, register_tir_pipeline
 from tvm.tirx.script import builder as B
 from tvm_ffi import structural_equal
@@ -54,6 +55,7 @@ __all__ = [
     "register_tir_pipeline",
     "relax",
     "s_tir",
+    "split_host_device_mods",
     "structural_equal",
     "tirx",
     "tvm",

@@ -71,9 +71,9 @@ class LinearSpec:
     symmetric : bool
         BSR without stored zero points.
     activation_dtype : str
-        ``float32``; ``int16``: inputs are quantised per token on the fly, after the norm; ``int8``:
-        per token and block of 8 columns (`ACTIVATION_BLOCK`). Dense layers ignore it and use
-        float32.
+        ``float32``; ``float16``: inputs are rounded to halves after the norm, scaled by a power of
+        two a token; ``int16``: quantised per token; ``int8``: per token and block of 8 columns
+        (`ACTIVATION_BLOCK`). Dense layers ignore it and use float32.
     norm_eps : float or None
         When set, the input is RMS-normalised first, with operand ``norm`` float32 [K]:
         ``x * rsqrt(mean(x^2) + eps) * norm``.

@@ -21,8 +21,9 @@ def compile_(
     target: Annotated[
         str,
         typer.Option(
-            help="cpu (this machine), x86-64-v3, x86-64-v4, x86-64-v4-bf16, aarch64 or aarch64-i8mm; several with "
-            "commas between them: code for each, and one copy of the weights."
+            help="cpu (this machine), x86-64-v3, x86-64-v4, x86-64-v4-bf16, aarch64 or "
+            "aarch64-i8mm; several with commas between them: code for each, and one copy of the "
+            "weights."
         ),
     ] = "cpu",
     output: Annotated[

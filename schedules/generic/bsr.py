@@ -43,7 +43,7 @@ class GenericBsr(ScheduleRule[GenericConfig]):
         return (
             spec.weight == "bsr"
             and spec.bits in self.bits
-            and spec.activation_dtype != "int16"
+            and spec.activation_dtype in ("float32", "int8")
             and target.kind == "llvm"
         )
 

@@ -1,0 +1,67 @@
+"""What the kernels need to know of a GPU architecture."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from gqsa_compiler._tvm import Target
+from gqsa_compiler.errors import UsageError
+
+WARP = 32
+"""Threads of a warp."""
+
+
+@dataclass(frozen=True)
+class Arch:
+    """One architecture.
+
+    Parameters
+    ----------
+    name : str
+        As nvcc says it, ``sm_90``.
+    shared_bytes : int
+        Shared memory that one block may ask for (CUDA C++ programming guide, table "Technical
+        specifications per compute capability").
+    processors : int
+        Streaming multiprocessors of the common GPU of this architecture: a kernel's default
+        number of blocks. A100, RTX 3090, RTX 4090 and H100 SXM.
+    """
+
+    name: str
+    shared_bytes: int
+    processors: int
+
+    def target(self) -> Target:
+        """Return TVM's target, which without these fields takes those of a GPU of 2015."""
+        fields = {
+            "kind": "cuda",
+            "arch": self.name,
+            "max_shared_memory_per_block": self.shared_bytes,
+            "max_threads_per_block": 1024,
+            "thread_warp_size": WARP,
+            "registers_per_block": 65536,
+        }
+        return Target(fields, host=Target({"kind": "llvm"}))
+
+
+ARCHES: Mapping[str, Arch] = {
+    "sm_80": Arch("sm_80", 163 * 1024, 108),
+    "sm_86": Arch("sm_86", 99 * 1024, 82),
+    "sm_89": Arch("sm_89", 99 * 1024, 128),
+    "sm_90": Arch("sm_90", 227 * 1024, 132),
+}
+
+
+def arch_of(name: str) -> Arch:
+    """Look an architecture up.
+
+    Raises
+    ------
+    UsageError
+        There are no kernels for it.
+    """
+    if name not in ARCHES:
+        known = ", ".join(ARCHES)
+        raise UsageError(f"There are no CUDA kernels for {name!r}; choose one of {known}.")
+    return ARCHES[name]

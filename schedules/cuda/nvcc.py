@@ -1,0 +1,107 @@
+"""NVIDIA's compiler: where it is, and what it says of a kernel."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+import shutil
+import subprocess
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+from gqsa_compiler.errors import CompileError
+from gqsa_compiler.schedules.cuda.arch import Arch
+
+_ENTRY = re.compile(r"Compiling entry function '(\w+)'")
+_SPILLS = re.compile(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads")
+_USED = re.compile(r"Used (\d+) registers")
+
+
+@dataclass(frozen=True)
+class KernelUse:
+    """What ptxas says of one kernel.
+
+    Parameters
+    ----------
+    name : str
+    registers : int
+        A thread's.
+    stack_bytes, spill_bytes : int
+        Local memory of a thread: arrays that are indexed by what is not constant, and registers
+        that there were not enough of. Both are 0 in a kernel that is fast.
+    """
+
+    name: str
+    registers: int
+    stack_bytes: int
+    spill_bytes: int
+
+
+def find_nvcc() -> Path:
+    """Find nvcc on the PATH, or in the Python package ``nvidia-cuda-nvcc``.
+
+    Raises
+    ------
+    CompileError
+        There is none.
+    """
+    on_path = shutil.which("nvcc")
+    if on_path is not None:
+        return Path(on_path)
+    for folder in _package_folders():
+        found = sorted(folder.glob("cu*/bin/nvcc"))
+        if found:
+            return found[-1]
+    raise CompileError(
+        "Code for CUDA needs NVIDIA's compiler nvcc, which is neither on the PATH nor installed "
+        "as a package; pip install 'gqsa-compiler[cuda]' gets it."
+    )
+
+
+def _package_folders() -> tuple[Path, ...]:
+    """List where NVIDIA's Python packages are installed."""
+    package = importlib.util.find_spec("nvidia")
+    if package is None:
+        return ()
+    return tuple(Path(folder) for folder in package.submodule_search_locations or ())
+
+
+def compile_cubin(source: str, arch: Arch) -> tuple[bytes, tuple[KernelUse, ...]]:
+    """Compile CUDA C to machine code of one architecture; needs no GPU.
+
+    Returns
+    -------
+    cubin : bytes
+    uses : tuple of KernelUse
+        One a kernel.
+
+    Raises
+    ------
+    CompileError
+        There is no nvcc, or it failed; the message has its first lines.
+    """
+    nvcc = find_nvcc()
+    with tempfile.TemporaryDirectory(prefix="gqsa-cuda-") as folder:
+        code, cubin = Path(folder) / "kernel.cu", Path(folder) / "kernel.cubin"
+        code.write_text(source, encoding="utf-8")
+        command = [str(nvcc), f"-arch={arch.name}", "-O3", "-cubin", "-Xptxas", "-v"]
+        command += ["-diag-suppress=177", "-o", str(cubin), str(code)]
+        done = subprocess.run(command, capture_output=True, text=True)
+        if done.returncode:
+            said = "; ".join((done.stderr or done.stdout).strip().splitlines()[:3])
+            raise CompileError(f"{nvcc} could not compile a kernel for {arch.name}: {said}")
+        return cubin.read_bytes(), parse_uses(done.stderr)
+
+
+def parse_uses(text: str) -> tuple[KernelUse, ...]:
+    """Read what ``ptxas -v`` prints."""
+    uses = []
+    pieces = _ENTRY.split(text)
+    for name, said in zip(pieces[1::2], pieces[2::2], strict=True):
+        spills, used = _SPILLS.search(said), _USED.search(said)
+        if spills is None or used is None:
+            raise CompileError(f"ptxas says of kernel {name} what cannot be read: {said.strip()}")
+        stack, stored, loaded = (int(number) for number in spills.groups())
+        uses.append(KernelUse(name, int(used.group(1)), stack, stored + loaded))
+    return tuple(uses)

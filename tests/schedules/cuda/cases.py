@@ -1,0 +1,102 @@
+"""Runs of the CUDA rule under the emulation, for the kernel tests."""
+
+from __future__ import annotations
+
+import atexit
+import shutil
+import tempfile
+from dataclasses import replace
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+
+from gqsa_compiler.checkpoint import BSRLayer
+from gqsa_compiler.schedules.cuda import config as configs
+from gqsa_compiler.schedules.cuda.arch import arch_of
+from gqsa_compiler.schedules.cuda.bsr import CudaBsrInt4
+from gqsa_compiler.schedules.cuda.config import CudaConfig
+from gqsa_compiler.schedules.cuda.pack import stored_scales
+from gqsa_compiler.schedules.reference import decode
+from gqsa_compiler.schedules.spec import LinearSpec
+from gqsa_compiler.targets import TargetSpec
+from tests.schedules.cuda.emulation.run import Program, emulate
+from tests.schedules.linear_cases import assert_within, expected, random_operands
+
+Array = npt.NDArray[Any]
+RULE = CudaBsrInt4()
+HALF_ERROR = 1.5e-3
+"""Of the sum of magnitudes: a half's inputs and sums of eight are off by 2^-11 each at most."""
+
+
+def cuda_target(arch: str) -> TargetSpec:
+    """Describe a GPU architecture as a target."""
+    return TargetSpec(f"cuda:{arch}", "cuda", arch, "", (), "")
+
+
+TARGET = cuda_target("sm_90")
+
+
+@lru_cache(maxsize=64)
+def program(code: LinearSpec, config: CudaConfig, tiles: tuple[int, ...]) -> Program:
+    """Compile a kernel for the emulation, with code for tiles of so many tokens only."""
+    folder = Path(tempfile.mkdtemp(prefix="emulated-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(configs, "TILES", tiles)
+        return emulate(RULE.build(code, config, TARGET), arch_of(TARGET.arch), folder)
+
+
+def run(
+    spec: LinearSpec,
+    config: CudaConfig,
+    layers: list[BSRLayer],
+    x: Array,
+    operands: dict[str, Array],
+    tiles: tuple[int, ...],
+    order: int = 0,
+) -> Array:
+    """Pack `layers`, run the emulated kernel, check its counters, and return its output."""
+    assert RULE.applies(spec, TARGET)
+    packed = RULE.pack(spec, config, layers)
+    names = [param.name for param in RULE.params(spec, config)]
+    for param in RULE.params(spec, config):
+        array = packed[param.name]
+        assert str(array.dtype) == param.dtype, param.name
+        assert param.shape in (array.shape, (None,)), param.name
+    before = [x] + ([operands["norm"]] if "norm" in operands else [])
+    after = [operands[name] for name in ("bias", "residual") if name in operands]
+    out = np.full((len(x), spec.n_out), np.nan, np.float32)
+    arrays = [*before, *(packed[name] for name in names), *after, out]
+    results = program(RULE.code_key(spec), config, tiles).run(arrays, order)
+    written = {len(before) + names.index(name) for name in ("arrivals", "partials")}
+    for i, (old, new) in enumerate(zip(arrays[:-1], results[:-1], strict=True)):
+        if i not in written:
+            np.testing.assert_array_equal(old, new)
+    assert not results[len(before) + names.index("arrivals")].any(), "a counter was left behind"
+    return results[-1]
+
+
+def check(
+    spec: LinearSpec,
+    config: CudaConfig,
+    layers: list[BSRLayer],
+    m: int,
+    rng: np.random.Generator,
+    tiles: tuple[int, ...],
+    order: int = 0,
+) -> Array:
+    """Run random inputs, compare the output with the reference, and return it."""
+    x = rng.standard_normal((m, spec.k)).astype(np.float32)
+    operands = random_operands(spec, m, rng)
+    stored = [replace(layer, scales=stored_scales(config, layer)) for layer in layers]
+    weight = np.concatenate([decode(layer) for layer in stored])
+    magnitude = 20 * np.abs(weight)  # a code and its zero point are up to 15 times the scale
+    if spec.activation_dtype == "float16":
+        magnitude = HALF_ERROR / 2e-6 * np.abs(weight)
+    got = run(spec, config, layers, x, operands, tiles, order)
+    assert_within(got, expected(spec, weight, magnitude, x, operands))
+    return got
