@@ -10,10 +10,11 @@ DEMO_DIR ?= out/demo
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip
 
-.PHONY: help demo test test-slow test-gpu lint format clean
+.PHONY: help demo native test test-slow test-gpu lint format clean
 
 help:
 	@echo 'make demo       compress, compile and run SmolLM2-135M on this CPU'
+	@echo 'make native     build gqsa-run, for bundles (docs/mobile.md)'
 	@echo 'make test       the quick tests (minutes)'
 	@echo 'make test-slow  the slow tests (the whole demo model)'
 	@echo 'make test-gpu   the tests that need a CUDA device'
@@ -49,6 +50,9 @@ $(VENV)/.stamp-model: $(VENV)/.stamp-project
 
 demo: $(VENV)/.stamp-model
 	$(BIN)/python tools/demo.py --directory '$(DEMO_DIR)'
+
+native: $(VENV)/.stamp-project
+	runtime/native/build.sh "$$(uname -m)" $(BIN)/python
 
 test: $(VENV)/.stamp-model
 	$(BIN)/python -m pytest

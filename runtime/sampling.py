@@ -121,7 +121,7 @@ def distribution(logits: np.ndarray, options: SamplingOptions) -> tuple[np.ndarr
 
     """
     if 0 < options.top_k < logits.size:
-        ids = np.argpartition(logits, -options.top_k)[-options.top_k :]
+        ids = np.sort(np.argpartition(logits, -options.top_k)[-options.top_k :])
     else:
         ids = np.arange(logits.size)
     kept = logits[ids].astype(np.float64)

@@ -1,0 +1,210 @@
+"""Damaged and foreign artefacts: an exit code and one sentence, never a crash."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from gqsa_compiler.artefact import bundle_libraries
+from tests.runtime.native.programs import Probe, Programs, refusal, run
+from tests.runtime.toy import edit_manifest
+
+Change = Callable[[dict[str, Any]], Any]
+
+
+def _variant(**fields: Any) -> Change:
+    return lambda data: data["variants"][0]["target"].update(fields)
+
+
+MANIFESTS: dict[str, tuple[Change, str]] = {
+    "architecture": (_variant(arch="riscv64"), "riscv64"),
+    "device": (_variant(device_type=2, kind="cuda"), "cannot drive"),
+    "feature": (_variant(flags=["quantum"]), "lacks quantum"),
+    "newer": (lambda d: d.update(format_version=3), "format version 3"),
+    "version": (lambda d: d.update(format_version=True), "format version true"),
+    "format": (lambda d: d.update(format="zip"), "not the manifest"),
+    "key": (lambda d: d.update(extra=1), "unknown key 'extra'"),
+    "missing": (lambda d: d.pop("memory"), "has no memory"),
+    "type": (lambda d: d["model"].update(vocab_size="9"), "model.vocab_size should be"),
+    "range": (lambda d: d["model"].update(vocab_size=2**63), "does not fit"),
+    "zero": (lambda d: d["model"].update(prefill_chunk=0), "must be positive"),
+    "large": (lambda d: d["model"].update(context_length=2**40), "must be at most"),
+    "batch": (lambda d: d["model"].update(max_batch=17), "max_batch is 17"),
+    "page": (lambda d: d["kv_cache"].update(page_size=12), "multiple of 8"),
+    "vocabulary": (lambda d: d["model"].update(vocab_size=999), "no parameter has that many"),
+    "path": (lambda d: d.update(parameters_file="../params"), "not a plain name"),
+    "none": (lambda d: d.update(variants=[]), "lists 0 variants"),
+    "twice": (lambda d: d.update(parameters_file="model.so"), "twice"),
+    "no file": (lambda d: d.update(parameters_file="gone"), "incomplete"),
+    "hash": (lambda d: d["variants"][0]["library"].update(sha256="0" * 64), "damaged"),
+    "parameter": (lambda d: d["parameters"][0].update(sha256="0" * 64), "damaged"),
+    "shape": (lambda d: d["parameters"][0].update(shape=[-1, 5]), "another dtype or shape"),
+    "dtype": (lambda d: d["parameters"][0].update(dtype="int3"), "unknown dtype"),
+    "added": (lambda d: d["parameters"].pop(), "does not list"),
+    "tvm": (lambda d: d["versions"].update(tvm="0.11.0"), "apache-tvm '0.11.0'"),
+    "ffi": (lambda d: d["versions"].update(tvm_ffi="0.9.0"), "apache-tvm-ffi '0.9.0'"),
+}
+
+
+@pytest.mark.parametrize("name", MANIFESTS)
+def test_manifests(programs: Programs, copy: Path, name: str) -> None:
+    change, words = MANIFESTS[name]
+    edit_manifest(copy, change)
+    assert words in refusal(run(programs, copy, "-p", "the"), 1)
+
+
+def test_a_key_that_stands_twice(programs: Programs, copy: Path) -> None:
+    text = (copy / "manifest.json").read_text()
+    (copy / "manifest.json").write_text(text.replace("{", '{"format": "x",', 1))
+    assert "stands twice" in refusal(run(programs, copy, "-p", "the"), 1)
+
+
+def test_what_is_no_artefact(programs: Programs, tmp_path: Path) -> None:
+    assert "does not exist" in refusal(run(programs, tmp_path / "gone", "-p", "the"), 2)
+    assert "not a compiled artefact" in refusal(run(programs, tmp_path, "-p", "the"), 2)
+
+
+@pytest.mark.parametrize("size", [0, 1, 20, 4000])
+@pytest.mark.parametrize("file", ["manifest.json", "tokenizer.json", "params.safetensors"])
+def test_truncated_files(programs: Programs, copy: Path, file: str, size: int) -> None:
+    data = (copy / file).read_bytes()
+    (copy / file).write_bytes(data[: min(size, len(data) // 2)])
+    assert file in refusal(run(programs, copy, "-p", "the"), 1)
+
+
+@pytest.mark.parametrize("file", ["tokenizer.json", "params.safetensors", "model.so"])
+def test_missing_files(programs: Programs, copy: Path, file: str) -> None:
+    (copy / file).unlink()
+    assert file in refusal(run(programs, copy, "-p", "the"), 1)
+
+
+@pytest.mark.parametrize("file", ["generation_config.json", "tokenizer_config.json",
+                                  "chat_prompt.json"])  # fmt: skip
+@pytest.mark.parametrize("text", ["[]", "{", '{"temperature": "warm", "do_sample": true, "x": 1}'])
+def test_damaged_settings(programs: Programs, copy: Path, file: str, text: str) -> None:
+    (copy / file).write_text(text)
+    done = run(programs, copy, "-p", "the", "--max-tokens", "1")
+    if file == "tokenizer_config.json" and "warm" in text:
+        assert done.returncode == 0  # a setting that the runtime does not read
+    else:
+        assert file in refusal(done, 1)
+
+
+LIBRARIES = ["libtvm_ffi.so", "libtvm_runtime.so", "libtvm_runtime_extra.so"]
+
+
+@pytest.mark.parametrize("name", LIBRARIES)
+@pytest.mark.parametrize("share", [0.0, 0.0001, 0.5, 0.99])
+def test_a_truncated_bundle(programs: Programs, copy: Path, name: str, share: float) -> None:
+    bundle_libraries(copy)
+    path = copy / "lib" / name
+    data = path.read_bytes()
+    path.write_bytes(data[: int(len(data) * share)])
+    done = run(programs, copy, "-p", "the", "--max-tokens", "1")
+    # Debugging tables at a library's end are no part of what runs.
+    if done.returncode != 0 or share < 0.9:
+        assert name in refusal(done, 1)
+
+
+@pytest.mark.parametrize("name", LIBRARIES)
+def test_an_incomplete_bundle(programs: Programs, copy: Path, name: str) -> None:
+    bundle_libraries(copy)
+    (copy / "lib" / name).unlink()
+    assert name in refusal(run(programs, copy, "-p", "the"), 1)
+
+
+def test_a_bundle_for_another_machine(programs: Programs, copy: Path) -> None:
+    bundle_libraries(copy)
+    path = copy / "lib" / LIBRARIES[1]
+    data = bytearray(path.read_bytes())
+    data[18:20] = (8).to_bytes(2, "little")  # MIPS
+    path.write_bytes(data)
+    assert "another kind of machine" in refusal(run(programs, copy, "-p", "the"), 1)
+
+
+def test_no_runtime_library(programs: Programs, copy: Path, tmp_path: Path) -> None:
+    done = run(programs, copy, "-p", "the", GQSA_RUNTIME=str(tmp_path / "nowhere"))
+    assert "libtvm_ffi.so" in refusal(done, 1)
+
+
+def test_a_library_that_is_no_model(programs: Programs, copy: Path) -> None:
+    source = copy / "empty.c"
+    source.write_text("int nothing;\n")
+    subprocess.run(["cc", "-shared", "-o", str(copy / "model.so"), str(source)], check=True)
+    digest = hashlib.sha256((copy / "model.so").read_bytes()).hexdigest()
+    edit_manifest(copy, lambda d: d["variants"][0]["library"].update(sha256=digest))
+    assert "not a compiled model" in refusal(run(programs, copy, "-p", "the"), 1)
+
+
+def test_a_cache_beyond_memory(programs: Programs, copy: Path) -> None:
+    edit_manifest(copy, lambda d: d["model"].update(context_length=1 << 23))  # 2 GB
+    command = [str(programs.run), str(copy), "-p", "the", "--max-tokens", "1"]
+    done = subprocess.run(
+        ["sh", "-c", 'ulimit -v 1000000; exec "$@"', "sh", *command],
+        capture_output=True, check=False,
+    )  # fmt: skip
+    assert "smaller context" in refusal(done, 1)
+
+
+def _header(path: Path) -> tuple[dict[str, Any], bytes]:
+    data = path.read_bytes()
+    size = int.from_bytes(data[:8], "little")
+    header: dict[str, Any] = json.loads(data[8 : 8 + size])
+    return header, data[8 + size :]
+
+
+def _write(path: Path, header: Any, body: bytes) -> None:
+    text = json.dumps(header).encode()
+    text = text.ljust(-(-(len(text) + 8) // 64) * 64 - 8)
+    path.write_bytes(len(text).to_bytes(8, "little") + text + body)
+
+
+HEADERS: dict[str, tuple[Change, str]] = {
+    "negative": (lambda e: e.update(data_offsets=[-64, 0]), "broken offsets"),
+    "beyond": (
+        lambda e: e.update(data_offsets=[x + (1 << 40) for x in e["data_offsets"]]),
+        "beyond its end",
+    ),
+    "turned": (lambda e: e.update(data_offsets=e["data_offsets"][::-1]), "broken offsets"),
+    "unaligned": (
+        lambda e: e.update(data_offsets=[x + 4 for x in e["data_offsets"]]),
+        "not aligned",
+    ),
+    "three": (lambda e: e.update(data_offsets=[0, 1, 2]), "broken offsets"),
+    "dtype": (lambda e: e.update(dtype="F8"), "another dtype"),
+    "overflow": (lambda e: e.update(shape=[2**32, 2**32]), "another dtype or shape"),
+}
+
+
+@pytest.mark.parametrize("name", HEADERS)
+def test_safetensors_headers(probe: Probe, copy: Path, name: str) -> None:
+    change, words = HEADERS[name]
+    path = copy / "params.safetensors"
+    header, body = _header(path)
+    change(header["embed.weight"])
+    _write(path, header, body)
+    said = probe.error("manifest", directory=str(copy))
+    assert words in said
+    assert "params.safetensors" in said
+
+
+def test_a_shape_that_overflows(probe: Probe, copy: Path) -> None:
+    """Manifest and header agree on sizes whose product wraps around to that of the data."""
+    shape = [2**32, 2**32, 4]
+    edit_manifest(copy, lambda d: d["parameters"][1].update(shape=shape))
+    path = copy / "params.safetensors"
+    header, body = _header(path)
+    name = json.loads((copy / "manifest.json").read_text())["parameters"][1]["name"]
+    header[name].update(shape=shape, data_offsets=[0, 0])
+    _write(path, header, body)
+    assert "broken offsets" in probe.error("manifest", directory=str(copy))
+
+
+def test_a_whole_artefact_is_accepted(probe: Probe, artefact: Path) -> None:
+    assert probe.ask("manifest", directory=str(artefact)) == {"name": "toy", "variants": 1}
