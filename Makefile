@@ -6,6 +6,8 @@ VENV ?= .venv
 TORCH_CPU_INDEX ?= https://download.pytorch.org/whl/cpu
 TORCH_INSTALL ?= torch==2.13.0
 DEMO_DIR ?= out/demo
+# Processes that share the quick tests; each takes up to 2 GB.
+JOBS ?= 2
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip
@@ -55,7 +57,7 @@ native: $(VENV)/.stamp-project
 	runtime/native/build.sh "$$(uname -m)" $(BIN)/python
 
 test: $(VENV)/.stamp-model
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile
 
 test-slow: $(VENV)/.stamp-model
 	$(BIN)/python -m pytest -m 'slow and not gpu'

@@ -14,6 +14,8 @@ ROOT = Path(__file__).resolve().parent.parent
 # Tiny models are all barriers to OpenMP: its threads should sleep there, not spin, or tests beside
 # another busy process take ten times as long.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+# TVM's own pool, on which tests run single kernels, would bind this process to one core for good.
+os.environ.setdefault("TVM_BIND_THREADS", "0")
 
 
 def _cuda_missing() -> str | None:
