@@ -98,7 +98,7 @@ class ScheduleRule(ABC, Generic[ConfigT]):
         ``bsr``, arrays [N_i, K] for ``dense``).
         """
 
-    def stored(self, _spec: LinearSpec, part: BSRLayer) -> npt.NDArray[np.float64]:
+    def stored(self, spec: LinearSpec, config: ConfigT, part: BSRLayer) -> npt.NDArray[np.float64]:
         """Decode a layer as its packed tensors have it, float64 [N, K].
 
         Most rules store scales as they come; one that rounds them says here to what.

@@ -69,7 +69,11 @@ def compile_(
     ] = "float16",
     bundle: Annotated[
         bool,
-        typer.Option("--bundle", help="Add TVM's runtime libraries (8 MB): no TVM is needed then."),
+        typer.Option(
+            "--bundle",
+            help="Add TVM's runtime libraries and gqsa-run, if it is built (8 MB): neither TVM "
+            "nor Python is needed then.",
+        ),
     ] = False,
     no_fallback: Annotated[
         bool,
@@ -141,6 +145,8 @@ def compile_(
         emit_json(report.to_dict())
         return
     print_report(report.to_dict())
+    if bundle and not (Path(directory) / "gqsa-run").exists():
+        note("The bundle has no gqsa-run: it is not built for this target (docs/mobile.md).")
     note(f'Wrote {directory}. Next: gqsa run {directory} -p "Once upon a time"')
 
 

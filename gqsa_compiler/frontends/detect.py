@@ -32,10 +32,13 @@ _BY_METHOD = {
     "bitnet": "BitNet",
 }
 
+AMBIGUOUS = "GPTQ or AWQ"
+"""What has the tensors of both, and no settings that tell."""
+
 # A tensor's last name part -> the format that writes it. Checked in this order.
 _BY_TENSOR = (
     ("g_idx", "GPTQ"),
-    ("qweight", "GPTQ or AWQ"),
+    ("qweight", AMBIGUOUS),
     ("weight_packed", "compressed-tensors"),
     ("absmax", "bitsandbytes"),
     ("quant_map", "bitsandbytes"),

@@ -11,7 +11,12 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy.typing as npt
 
 from gqsa_compiler.errors import ModelError, UsageError
-from gqsa_compiler.frontends.detect import foreign_config, foreign_files, foreign_tensors
+from gqsa_compiler.frontends.detect import (
+    AMBIGUOUS,
+    foreign_config,
+    foreign_files,
+    foreign_tensors,
+)
 from gqsa_compiler.frontends.json_file import read_json
 
 if TYPE_CHECKING:
@@ -213,10 +218,18 @@ def _open_quantised(path: Path, name: str, config: dict[str, Any] | None, kind: 
 
 def foreign_error(path: Path, kind: str) -> ModelError:
     """Build the error for a checkpoint of another quantiser."""
+    from gqsa_compiler.frontends.quantised.recognise import READERS
+
     article = "an" if kind[0] in "AFHM" and kind.split("-")[0].isupper() else "a"
-    return ModelError(
-        f"{path} is {article} {kind} checkpoint; {READS}. Start from the model it was made from."
-    )
+    said = f"{path} is {article} {kind} checkpoint"
+    if kind in READERS:
+        return ModelError(f"{said} without config.json; copy that of the model it was made from.")
+    if kind == AMBIGUOUS:
+        return ModelError(
+            f"{said}, and nothing in it says which; add its quantize_config.json (GPTQ) or "
+            "quant_config.json (AWQ)."
+        )
+    return ModelError(f"{said}; {READS}. Start from the model it was made from.")
 
 
 def _download(model: str) -> Path:

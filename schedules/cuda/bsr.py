@@ -18,6 +18,7 @@ from gqsa_compiler.schedules.cuda.config import CudaConfig, tiles_of
 from gqsa_compiler.schedules.cuda.layout import COLUMN_BITS
 from gqsa_compiler.schedules.generic.emit import int64
 from gqsa_compiler.schedules.generic.function import Arguments, kernel
+from gqsa_compiler.schedules.reference import decode
 from gqsa_compiler.schedules.rule import ScheduleRule
 from gqsa_compiler.schedules.spec import LinearSpec, ParamSpec
 from gqsa_compiler.targets import TargetSpec
@@ -74,6 +75,12 @@ class CudaBsrInt4(ScheduleRule[CudaConfig]):
         """Turn checkpoint layers into the tensors that `params` describes."""
         layers = [part for part in parts if isinstance(part, BSRLayer)]
         return pack.pack(spec, config, layers)
+
+    def stored(
+        self, spec: LinearSpec, config: CudaConfig, part: BSRLayer
+    ) -> npt.NDArray[np.float64]:
+        """Decode a layer as its packed tensors have it, float64 [N, K]."""
+        return decode(replace(part, scales=pack.stored_scales(config, part)))
 
     def build(self, spec: LinearSpec, config: CudaConfig, target: TargetSpec) -> Any:
         """Return the scheduled PrimFunc; see `ScheduleRule.build` for its arguments.

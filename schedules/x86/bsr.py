@@ -55,7 +55,12 @@ class X86Bsr(ScheduleRule[GenericConfig]):
 
     def applies(self, spec: LinearSpec, target: TargetSpec) -> bool:
         """Say whether this kernel can run `spec` on `target`."""
-        return spec.weight == "bsr" and spec.bits in self.bits and spec.activation_dtype == "int16"
+        return (
+            spec.weight == "bsr"
+            and spec.bits in self.bits
+            and spec.activation_dtype == "int16"
+            and "avx2" in target.features
+        )
 
     def code_key(self, spec: LinearSpec) -> LinearSpec:
         """Return what the code depends on: the bits only where the zero point follows from them."""
@@ -124,7 +129,9 @@ class X86Bsr(ScheduleRule[GenericConfig]):
 
         return kernel(spec, self.params(spec, config), whole)
 
-    def stored(self, spec: LinearSpec, part: BSRLayer) -> npt.NDArray[np.float64]:
+    def stored(
+        self, spec: LinearSpec, config: GenericConfig, part: BSRLayer
+    ) -> npt.NDArray[np.float64]:
         """Decode a layer as its packed tensors have it, float64 [N, K]."""
         return stored(spec, part)
 

@@ -26,8 +26,8 @@ from gqsa_compiler.schedules.x86.weights import Weights
 AHEAD = 8192
 """Bytes between a record that is multiplied and one that is asked for.
 
-The hardware asks for less: with 2048 x 8192 weights from memory this makes 140 of 109 billion
-weights a second (half of the groups kept, 2 threads of an AMD EPYC); 2048 bytes make 128, 512 none.
+The hardware asks for less: with 2048 x 8192 weights from memory this makes 129 of 105 billion
+weights a second (half of the groups kept, 2 threads of an AMD EPYC); 512 bytes make no difference.
 """
 MOST_UNROLLED = 64
 """Multiplications of a group with a tile of tokens that are unrolled; beyond, a loop."""

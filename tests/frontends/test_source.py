@@ -288,10 +288,11 @@ def test_other_quantisers_by_their_files(llama: Path, tmp_path: Path) -> None:
         directory = variant(llama, tmp_path / str(number))
         (directory / name).write_text(text)
         said = kind if "checkpoint" in message else kind.split()[1]
+        without = "; gqsa reads" if kind == "an MLC-LLM" else " without config.json; copy that of"
         with pytest.raises(ModelError, match=message.format(said)):
             resolve(str(directory))
         (directory / "config.json").unlink()
-        with pytest.raises(ModelError, match=f"is {kind} checkpoint"):
+        with pytest.raises(ModelError, match=f"is {kind} checkpoint{without}"):
             resolve(str(directory))
     mlx = variant(llama, tmp_path / "mlx", quantization={"group_size": 64, "bits": 4})
     with pytest.raises(ModelError, match="is an MLX-quantised checkpoint"):
@@ -305,7 +306,10 @@ def test_other_quantisers_by_their_files(llama: Path, tmp_path: Path) -> None:
     ("endings", "message"),
     [
         (("qweight", "qzeros", "scales", "g_idx"), "has GPTQ's tensors, but nothing says"),
-        (("qweight", "qzeros", "scales"), "is a GPTQ or AWQ checkpoint; gqsa reads"),
+        (
+            ("qweight", "qzeros", "scales"),
+            "is a GPTQ or AWQ checkpoint, and nothing in it says which; add",
+        ),
         (("weight", "weight.absmax"), "is a bitsandbytes checkpoint; gqsa reads"),
         (("weight", "SCB"), "is a bitsandbytes checkpoint; gqsa reads"),
         (("weight", "weight_scale_inv"), "is an FP8 checkpoint; gqsa reads"),

@@ -227,7 +227,9 @@ def check(
     target: TargetSpec = HOST,
 ) -> None:
     """Run a rule's kernel on sparse layers and compare it with the reference."""
-    weight = np.concatenate([rule.stored(spec, layer) for layer in layers])
+    weight = np.concatenate(
+        [rule.stored(spec, rule.space(spec, target)[0], layer) for layer in layers]
+    )
     magnitude = np.concatenate([_magnitude(layer) for layer in layers])
     operands = random_operands(spec, len(x), rng)
     got = run(rule, spec, layers, x, operands, tiles, target)

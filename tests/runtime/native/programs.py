@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import shutil
 import subprocess
@@ -71,6 +72,15 @@ def build(name: str, *options: str) -> Programs:
     if reason is not None:
         pytest.skip(reason)
     folder = BUILDS / name
+    folder.mkdir(parents=True, exist_ok=True)
+    # Processes that share the tests take turns: one builds, the others find it built.
+    with (BUILDS / f"{name}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        _build(folder, *options)
+    return Programs(folder)
+
+
+def _build(folder: Path, *options: str) -> None:
     configure = ["cmake", "-S", str(SOURCE), "-B", str(folder), "-DGQSA_TEST_TOOLS=ON"]
     python = f"-DPython3_EXECUTABLE={sys.executable}"
     for command in (
@@ -79,7 +89,6 @@ def build(name: str, *options: str) -> Programs:
     ):
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
-    return Programs(folder)
 
 
 class Probe:

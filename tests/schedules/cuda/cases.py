@@ -5,7 +5,6 @@ from __future__ import annotations
 import atexit
 import shutil
 import tempfile
-from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -19,8 +18,6 @@ from gqsa_compiler.schedules.cuda import config as configs
 from gqsa_compiler.schedules.cuda.arch import arch_of
 from gqsa_compiler.schedules.cuda.bsr import CudaBsrInt4
 from gqsa_compiler.schedules.cuda.config import CudaConfig
-from gqsa_compiler.schedules.cuda.pack import stored_scales
-from gqsa_compiler.schedules.reference import decode
 from gqsa_compiler.schedules.spec import LinearSpec
 from gqsa_compiler.targets import TargetSpec
 from tests.schedules.cuda.emulation.run import Program, emulate
@@ -92,8 +89,7 @@ def check(
     """Run random inputs, compare the output with the reference, and return it."""
     x = rng.standard_normal((m, spec.k)).astype(np.float32)
     operands = random_operands(spec, m, rng)
-    stored = [replace(layer, scales=stored_scales(config, layer)) for layer in layers]
-    weight = np.concatenate([decode(layer) for layer in stored])
+    weight = np.concatenate([CudaBsrInt4().stored(spec, config, layer) for layer in layers])
     magnitude = 20 * np.abs(weight)  # a code and its zero point are up to 15 times the scale
     if spec.activation_dtype == "float16":
         magnitude = HALF_ERROR / 2e-6 * np.abs(weight)

@@ -13,12 +13,13 @@ from gqsa_compiler.schedules.x86.wide import LEAST, TILE, row_block
 from gqsa_compiler.targets import parse_target
 from tests.schedules.linear_cases import HOST, check, random_keep, random_layer, spec_of
 
-pytestmark = pytest.mark.skipif(
+needs_bfloat16 = pytest.mark.skipif(
     not has_bfloat16(HOST), reason="bfloat16 products need AVX-512 BF16 (AMD Zen 4, Intel SPR)"
 )
 GATED = Epilogue(bias=True, activation="silu", gated=True, residual=True)
 
 
+@needs_bfloat16
 @pytest.mark.parametrize("tokens", [LEAST, TILE, TILE + 1, 3 * TILE - 1])
 @pytest.mark.parametrize(
     ("rule", "shape", "size", "fields"),
