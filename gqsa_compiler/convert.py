@@ -22,6 +22,8 @@ from gqsa_compiler.models.registry import parse_config
 from gqsa_compiler.outdir import check_output
 from gqsa_compiler.progress import Progress
 
+_FLOATS = ("float16", "bfloat16", "float32", "float64")
+
 
 @dataclass(frozen=True)
 class ConvertReport:
@@ -182,6 +184,11 @@ def _dense(
     layer = tensor.removesuffix(".weight")
     misfit = layer in misfits and source.kind == "quantised"
     array = layers.dense(layer) if misfit else source.tensor(tensor)
+    if array.dtype.name in _FLOATS and not np.isfinite(array).all():
+        raise ModelError(
+            f"{source.path}: tensor {tensor!r} has values that are not finite numbers; download "
+            "it again."
+        )
     if array.dtype != np.float32 or array.ndim < 2:
         return array
     for dtype in (np.float16, ml_dtypes.bfloat16):

@@ -100,6 +100,8 @@ class SafetensorsFiles:
     def _open(path: Path) -> Any:
         from safetensors import SafetensorError, safe_open
 
+        if not path.is_file():
+            raise ModelError(f"{path} is not a file; copy or download it again.")
         try:
             return safe_open(path, "np")
         except (SafetensorError, OSError) as error:

@@ -13,6 +13,7 @@ from gqsa_compiler.schedules.generic.emit import (
     cast,
     const,
     horizontal_max,
+    horizontal_sum,
     int64,
     load,
     local,
@@ -110,14 +111,19 @@ def _write(
     lanes = min(config.lanes, spec.group_size)
     vectors = spec.k // lanes
     value = token_values(spec, x, norm, token, lanes)
-    peaks = local(lanes)
-    store(peaks, broadcast(const(0.0, "float32"), lanes), 0, lanes=lanes)
+    zeros = broadcast(const(0.0, "float32"), lanes)
+    peaks, broken = local(lanes), local(lanes)
+    store(peaks, zeros, 0, lanes=lanes)
+    store(broken, zeros, 0, lanes=lanes)
     with B.serial(int64(0), int64(vectors)) as i:
-        larger = B.max(load(peaks, 0, lanes=lanes), B.abs(value(i * int64(lanes))))
-        store(peaks, larger, 0, lanes=lanes)
+        here = B.bind(value(i * int64(lanes)))
+        store(peaks, B.max(load(peaks, 0, lanes=lanes), B.abs(here)), 0, lanes=lanes)
+        store(broken, load(broken, 0, lanes=lanes) + here * zeros, 0, lanes=lanes)
     peak = B.bind(horizontal_max(B.bind(load(peaks, 0, lanes=lanes)), lanes))
     scale, inverse = scale_of(peak, QUANT_MAX)
-    store(inputs.scales, scale, token)
+    # A maximum loses NaN and the integers have none: 0, or NaN if any value is not finite.
+    nan = horizontal_sum(B.bind(load(broken, 0, lanes=lanes)), lanes)
+    store(inputs.scales, scale + nan, token)
     with B.serial(int64(0), int64(vectors)) as i:
         scaled = value(i * int64(lanes)) * broadcast(inverse, lanes)
         codes = cast("int16", cast("int32", B.nearbyint(scaled), lanes), lanes)

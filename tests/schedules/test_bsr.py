@@ -23,6 +23,7 @@ from tests.schedules.linear_cases import (
     check,
     random_keep,
     random_layer,
+    run,
     spec_of,
 )
 
@@ -335,3 +336,22 @@ def test_layouts_of_narrower_vectors(
     for m in (1, 6):
         x = rng.standard_normal((m, spec.k)).astype(np.float32)
         check(rule, spec, [layer], x, rng, FEW_TILES, target)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+@pytest.mark.parametrize("tokens", [1, 3, 30])
+@pytest.mark.parametrize("name", ["cpu", "x86-64-v3"])
+def test_a_token_that_is_not_finite_stays_so(
+    rule: ScheduleRule[Any], name: str, tokens: int, value: float
+) -> None:
+    """A model that is broken must not look healthy."""
+    target = parse_target(name)
+    rng = np.random.default_rng(0)
+    layer = random_layer(random_keep((9, 5), rng, 0.9), 16, rng, bits=bits_of(rule)[-1])
+    spec = spec_of(layer, activation_dtype=exact_dtype(rule))
+    x = rng.standard_normal((tokens, layer.shape[1])).astype(np.float32)
+    x[0] = value
+    out = run(rule, spec, [layer], x, target=target, tiles=FEW_TILES)
+    kept = np.diff(layer.indptr) > 0
+    assert not np.isfinite(out[0, kept]).any()
+    assert np.isfinite(out[1:]).all()

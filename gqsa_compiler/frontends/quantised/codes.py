@@ -137,10 +137,16 @@ def exact_half(
 
     Raises
     ------
+    ModelError
+        One is not finite.
     Misfit
         One is not a float16: too small, too large, or with more digits.
     """
     wide = scales.astype(np.float32)
+    if not np.isfinite(wide[keep]).all():
+        raise ModelError(
+            f"{where}: layer {name!r} has scales that are not finite numbers; download it again."
+        )
     with np.errstate(over="ignore"):
         half = wide.astype(np.float16)
     wrong = keep & ~((half.astype(np.float32) == wide) & np.isfinite(half))

@@ -11,6 +11,7 @@ straddle words: ten to a word. A byte each: ``P.weight`` int8 [N, K] and
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
@@ -71,6 +72,32 @@ def weight_bits(fields: Mapping[str, Any], where: str) -> frozenset[int]:
     return frozenset(found)
 
 
+@dataclass(frozen=True)
+class Promised:
+    """Tensors that the configuration says every quantised layer has.
+
+    Parameters
+    ----------
+    zero_points : bool
+        All weights are asymmetric.
+    order : bool
+        All columns are in activation order (``actorder`` ``group``).
+    """
+
+    zero_points: bool = False
+    order: bool = False
+
+
+def promised(fields: Mapping[str, Any]) -> Promised:
+    """Read what ``quantization_config``, checked by `weight_bits`, says of all weights."""
+    groups = (fields.get("config_groups") or {}).values()
+    weights = [group["weights"] for group in groups if isinstance(group.get("weights"), dict)]
+    return Promised(
+        bool(weights) and all(w.get("symmetric") is False for w in weights),
+        bool(weights) and all(w.get("actorder") in ("group", True) for w in weights),
+    )
+
+
 def _unread(where: str, what: str) -> ModelError:
     return ModelError(
         f"{where} is a compressed-tensors checkpoint {what}; gqsa reads integer weights "
@@ -88,13 +115,32 @@ class _Scaled(LayerFormat):
     where : str
     named_bits : frozenset of int
         What the configuration names; empty if it names none.
+    promised : Promised
     """
 
     kind = "compressed-tensors"
 
-    def __init__(self, tensors: Tensors, where: str, named_bits: frozenset[int]) -> None:
+    def __init__(
+        self,
+        tensors: Tensors,
+        where: str,
+        named_bits: frozenset[int],
+        promised: Promised = Promised(),
+    ) -> None:
         super().__init__(tensors, where)
         self.named_bits = named_bits
+        self.promised = promised
+
+    def has_zero_points(self, layer: str) -> bool:
+        """Say whether a layer is asymmetric."""
+        found = self.has(f"{layer}.weight_zero_point")
+        if not found and self.promised.zero_points:
+            raise self.error(
+                layer,
+                "lacks its weight_zero_point, although the settings say that it is not "
+                "symmetric; download it again",
+            )
+        return found
 
     def groups(self, layer: str) -> int:
         """See `LayerFormat.groups`."""
@@ -169,7 +215,7 @@ class PackedFormat(_Scaled):
 
     def zeros(self, layer: str) -> npt.NDArray[np.uint8] | None:
         """See `LayerFormat.zeros`."""
-        if not self.has(f"{layer}.weight_zero_point"):
+        if not self.has_zero_points(layer):
             return None
         n, (bits, straddle) = self.shape(layer)[0], self._packing(layer)
         size = self.size(layer, "weight_zero_point", ("I32",), 2)
@@ -187,6 +233,11 @@ class PackedFormat(_Scaled):
     def columns(self, layer: str) -> npt.NDArray[Any] | None:
         """See `LayerFormat.columns`."""
         if not self.has(f"{layer}.weight_g_idx"):
+            if self.promised.order:
+                raise self.error(
+                    layer,
+                    "lacks its weight_g_idx, although the settings say actorder; download it again",
+                )
             return None
         size = self.size(layer, "weight_g_idx", ("I32", "I64"), 1)[0]
         order = self.tensors.read(f"{layer}.weight_g_idx")
@@ -228,7 +279,7 @@ class IntegerFormat(_Scaled):
 
     def zeros(self, layer: str) -> npt.NDArray[np.uint8] | None:
         """See `LayerFormat.zeros`."""
-        if not self.has(f"{layer}.weight_zero_point"):
+        if not self.has_zero_points(layer):
             return None
         rank = len(self.tensors.shape_dtype(f"{layer}.weight_zero_point")[0])
         shape = self.size(layer, "weight_zero_point", ("I8",), rank)

@@ -204,6 +204,10 @@ class GPTQFormat(LayerFormat):
         usual = np.arange(k) // size
         runs = None if size * count == k else usual  # a last group that is shorter
         if self._columns_stored(layer) is None:
+            if self.settings.act_order:
+                raise self.error(
+                    layer, "lacks its g_idx, although the settings say desc_act; download it again"
+                )
             return runs
         order = self.tensors.read(f"{layer}.g_idx")
         if order.min() < 0 or order.max() >= count:

@@ -13,6 +13,7 @@ from gqsa_compiler.frontends.quantised.bitmask import BitmaskTensors
 from gqsa_compiler.frontends.quantised.compressed_tensors import (
     IntegerFormat,
     PackedFormat,
+    promised,
     weight_bits,
 )
 from gqsa_compiler.frontends.quantised.gptq import GPTQFormat, GPTQSettings
@@ -87,12 +88,13 @@ def _awq(fields: dict[str, Any], stored: Tensors, where: str) -> Found:
 
 def _compressed_tensors(fields: dict[str, Any], stored: Tensors, where: str) -> Found:
     bits = weight_bits(fields, where)
+    all_have = promised(fields)
     tensors: Tensors = stored
     if any(name.endswith(".bitmask") for name in stored.names):
         tensors = BitmaskTensors(stored, where)
     return tensors, (
-        PackedFormat(tensors, where, bits),
-        IntegerFormat(tensors, where, bits),
+        PackedFormat(tensors, where, bits, all_have),
+        IntegerFormat(tensors, where, bits, all_have),
         Marlin24Format(tensors, where),
     )
 

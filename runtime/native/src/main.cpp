@@ -130,7 +130,9 @@ void print_json(const Output& output, const gqsa_result& r) {
       rate(static_cast<double>(r.prompt_tokens), r.prefill_seconds);
   data["decode_tokens_per_second"] =
       rate(static_cast<double>(r.generated_tokens) - 1, r.decode_seconds);
-  std::cout << data.dump(2) << "\n" << std::flush;
+  if (!(std::cout << data.dump(2) << "\n" << std::flush)) {
+    throw gqsa::Error(gqsa::Kind::runtime, "The result cannot be written to standard output.");
+  }
 }
 
 void run(Arguments a) {

@@ -61,7 +61,7 @@ def test_scales_of_other_dtypes_are_taken_where_they_are_exact() -> None:
         np.testing.assert_array_equal(to_dense(codes_of(wide).layer("p", "model")), m.dense)
 
 
-@pytest.mark.parametrize("scale", [1e-7, 1e6, np.nan, np.inf, 0.1])
+@pytest.mark.parametrize("scale", [1e-7, 1e6, 0.1])
 def test_scales_that_are_no_float16(scale: float) -> None:
     m = random_matrix(4, 64, scale_dtype=np.float32)
     scales = np.full_like(m.scales, 0.5)

@@ -14,7 +14,12 @@ from gqsa_compiler.errors import ModelError
 from gqsa_compiler.frontends.quantised.awq import AWQFormat
 from gqsa_compiler.frontends.quantised.bitmask import BitmaskTensors
 from gqsa_compiler.frontends.quantised.codes import Misfit
-from gqsa_compiler.frontends.quantised.compressed_tensors import IntegerFormat, PackedFormat
+from gqsa_compiler.frontends.quantised.compressed_tensors import (
+    IntegerFormat,
+    PackedFormat,
+    Promised,
+    promised,
+)
 from gqsa_compiler.frontends.quantised.gptq import GPTQFormat, GPTQSettings
 from gqsa_compiler.frontends.quantised.layer_format import LayerFormat
 from gqsa_compiler.frontends.quantised.marlin24 import Marlin24Format
@@ -335,3 +340,43 @@ def test_marlin24_tensors_that_are_wrong() -> None:
     parts["meta"] = np.zeros_like(parts["meta"])
     with pytest.raises(ModelError, match="names one position twice"):
         Marlin24Format(stored(parts), "model").codes("p")
+
+
+def test_an_order_that_the_settings_promise_is_not_made_up() -> None:
+    m = random_matrix(16, 64)
+    parts = pack_gptq(m, version=2, g_idx=False)
+    with pytest.raises(ModelError, match="lacks its g_idx, although the settings say desc_act"):
+        gptq(parts, desc_act=True, checkpoint_format="gptq_v2").matrix("p")
+    ordered = PackedFormat(
+        stored(pack_compressed(m)), "model", frozenset({4}), Promised(order=True)
+    )
+    with pytest.raises(ModelError, match="lacks its weight_g_idx, although the settings say"):
+        ordered.matrix("p")
+
+
+def test_zero_points_that_the_settings_promise_are_not_made_up() -> None:
+    m = random_matrix(16, 64)
+    parts = pack_compressed(m, symmetric=True)
+    found = PackedFormat(stored(parts), "model", frozenset({4}), Promised(zero_points=True))
+    with pytest.raises(ModelError, match="lacks its weight_zero_point, although the settings say"):
+        found.matrix("p")
+
+
+def test_what_the_settings_promise() -> None:
+    def fields(**weights: Any) -> dict[str, Any]:
+        return {"config_groups": {"group_0": {"weights": weights}}}
+
+    assert promised({}) == Promised()
+    assert promised(fields(symmetric=True, actorder=None)) == Promised()
+    assert promised(fields(symmetric=False, actorder="weight")) == Promised(zero_points=True)
+    assert promised(fields(actorder="group")) == Promised(order=True)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_scales_that_are_no_numbers_are_damage(value: float) -> None:
+    m = random_matrix(16, 64)
+    parts = pack_gptq(m, version=2)
+    parts["scales"][:] = value
+    with pytest.raises(ModelError, match="scales that are not finite") as caught:
+        gptq(parts, checkpoint_format="gptq_v2").matrix("p").layer("p", "model")
+    assert not isinstance(caught.value, Misfit)
