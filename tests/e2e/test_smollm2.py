@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -116,13 +117,9 @@ def test_decode_is_faster_than_pytorch(
 
 
 def _greedy(model: Any, tokens: list[int]) -> list[int]:
-    """Generate with transformers, greedily and with its cache."""
+    """Generate with transformers, greedily and with its cache, whatever ends a text."""
+    settings = copy.deepcopy(model.generation_config)
+    settings.update(eos_token_id=-1, max_new_tokens=NEW_TOKENS, do_sample=False, pad_token_id=0)
     with torch.inference_mode():
-        out = model.generate(
-            torch.tensor([tokens]),
-            max_new_tokens=NEW_TOKENS,
-            min_new_tokens=NEW_TOKENS,
-            do_sample=False,
-            pad_token_id=0,
-        )
+        out = model.generate(torch.tensor([tokens]), generation_config=settings)
     return [int(token) for token in out[0, len(tokens) :]]
