@@ -103,7 +103,7 @@ def kernel_uses(
     for kernel in plan.kernels:
         spec, size = kernel.spec, kernel_bytes(plan, kernel)
         is_dense = spec.weight == "dense"
-        on_purpose = all(_is_ignored(record.layer, ignored) for record in kernel.records)
+        on_purpose = _on_purpose(kernel, ignored)
         total = spec.n * (spec.k // spec.group_size) if spec.group_size else 0
         uses.append(
             KernelInfo(
@@ -148,10 +148,13 @@ def unwanted_fallbacks(plan: PackPlan, compressed: bool, ignored: Sequence[str])
     return [
         kernel.name
         for kernel in plan.kernels
-        if compressed
-        and kernel.spec.weight == "dense"
-        and not all(_is_ignored(record.layer, ignored) for record in kernel.records)
+        if compressed and kernel.spec.weight == "dense" and not _on_purpose(kernel, ignored)
     ]
+
+
+def _on_purpose(kernel: Kernel, ignored: Sequence[str]) -> bool:
+    """Whether the checkpoint leaves all layers of a kernel out."""
+    return all(_is_ignored(record.layer, ignored) for record in kernel.records)
 
 
 def _is_ignored(layer: str, ignored: Sequence[str]) -> bool:

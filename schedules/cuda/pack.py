@@ -43,7 +43,7 @@ from gqsa_compiler.schedules.cuda.layout import (
 from gqsa_compiler.schedules.cuda.partition import cut_stream
 from gqsa_compiler.schedules.cuda.rows import partial_floats, rows_of_output
 from gqsa_compiler.schedules.cuda.weights import Field
-from gqsa_compiler.schedules.generic.layout import check_parts, row_order
+from gqsa_compiler.schedules.generic.layout import check_parts, stored_order
 from gqsa_compiler.schedules.spec import LinearSpec, ParamSpec
 
 _GROUPS = 1 << 20  # packed at a time: unpacked codes take a byte each
@@ -121,17 +121,6 @@ def pack(
     at_tile = np.searchsorted(starts, np.arange(tiles) * WARP, side="right") - 1
     packed["tile_rows"] = at_tile.astype(np.int32)
     return packed
-
-
-def stored_order(spec: LinearSpec, parts: Sequence[BSRLayer]) -> tuple[Array, Array]:
-    """Return the first group of every stored row [N + 1], and each one's number in the parts."""
-    counts = np.concatenate([np.diff(p.indptr) for p in parts]).astype(np.int64)
-    starts = np.concatenate([[0], np.cumsum(counts)])
-    rows = row_order(spec)
-    counts = counts[rows]
-    new_starts = np.concatenate([[0], np.cumsum(counts)])
-    source = np.repeat(starts[rows] - new_starts[:-1], counts) + np.arange(spec.nnz)
-    return new_starts, source
 
 
 def stored_scales(config: CudaConfig, part: BSRLayer) -> Array:

@@ -152,14 +152,8 @@ def pack_bsr(
     """
     check_parts(spec, parts)
     layout = BsrLayout.of(spec, config)
-    counts = np.concatenate([np.diff(p.indptr) for p in parts]).astype(np.int64)
-    starts = np.concatenate([[0], np.cumsum(counts)])
-    rows = row_order(spec)
-    counts = counts[rows]
-    new_starts = np.concatenate([[0], np.cumsum(counts)])
-    # Where each stored group comes from: its row's first group plus its place in the row.
-    source = np.repeat(starts[rows] - new_starts[:-1], counts) + np.arange(spec.nnz)
-
+    row_starts, source = stored_order(spec, parts)
+    counts = np.diff(row_starts)
     codes = np.concatenate([_codes(p, spec, layout) for p in parts])[source]
     packed: dict[str, Array] = {
         "codes": _spare(codes).reshape(-1),
@@ -175,10 +169,30 @@ def pack_bsr(
             meta |= np.concatenate([p.zeros() for p in parts])[source]
         packed["meta"] = _spare(meta.astype(layout.meta))
     if not layout.full:
-        packed["row_starts"] = new_starts.astype(np.int32)
+        packed["row_starts"] = row_starts.astype(np.int32)
     unit_costs = (counts + ROW_COST).reshape(units_of(spec), -1).sum(1)
     packed["task_units"] = split_units(unit_costs, config.tasks)
     return packed
+
+
+def stored_order(spec: LinearSpec, parts: Sequence[BSRLayer]) -> tuple[Array, Array]:
+    """Line up the groups of folded layers by stored row.
+
+    Returns
+    -------
+    row_starts : int64 [N + 1]
+        The first group of every stored row.
+    source : int64 [nnz]
+        Each group's number among those of all parts, one part after the other.
+    """
+    counts = np.concatenate([np.diff(p.indptr) for p in parts]).astype(np.int64)
+    starts = np.concatenate([[0], np.cumsum(counts)])
+    rows = row_order(spec)
+    counts = counts[rows]
+    new_starts = np.concatenate([[0], np.cumsum(counts)])
+    # Where each stored group comes from: its row's first group plus its place in the row.
+    source = np.repeat(starts[rows] - new_starts[:-1], counts) + np.arange(spec.nnz)
+    return new_starts, source
 
 
 def check_parts(spec: LinearSpec, parts: Sequence[BSRLayer]) -> None:

@@ -42,7 +42,7 @@ def one_token(weights: Weights, inputs: Inputs, outputs: Outputs, start: Expr, e
             place = B.floordiv(r, int64(rows)) + B.floormod(r, int64(rows)) * int64(block)
             store(partial, total, place * int64(half), lanes=half)
         vectors = [load(partial, j * half, lanes=half) for j in range(rows * block)]
-        reduced = _joined(horizontal_sums([B.bind(v) for v in vectors], half), block)
+        reduced = _cut(horizontal_sums([B.bind(v) for v in vectors], half), block)
         for part, value in enumerate(reduced):
             factor = broadcast(scale, block)
             if weights.factors is not None:
@@ -52,17 +52,10 @@ def one_token(weights: Weights, inputs: Inputs, outputs: Outputs, start: Expr, e
         outputs.finish_one_token(reduced, unit, block)
 
 
-def _joined(sums: list[tuple[Expr, int]], block: int) -> list[Expr]:
-    """Cut or join vectors of sums into those of `block` lanes."""
-    values: list[Expr] = []
-    for value, count in sums:
-        if count > block:
-            starts = range(0, count, block)
-            values += [B.bind(pick([value], range(s, s + block))) for s in starts]
-        else:
-            values.append(value)
-    together = block // min(count for _, count in sums) if sums[0][1] < block else 1
-    if together == 1:
-        return values
-    joined = [values[i : i + together] for i in range(0, len(values), together)]
-    return [B.bind(pick(part, range(block))) for part in joined]
+def _cut(sums: list[tuple[Expr, int]], block: int) -> list[Expr]:
+    """Cut vectors of sums, each of at least `block` lanes, into those of `block`."""
+    return [
+        value if count == block else B.bind(pick([value], range(start, start + block)))
+        for value, count in sums
+        for start in range(0, count, block)
+    ]

@@ -15,8 +15,8 @@ from gqsa_compiler.schedules.generic.layout import (
     ROW_COST,
     Array,
     check_parts,
-    row_order,
     split_units,
+    stored_order,
     units_of,
 )
 from gqsa_compiler.schedules.spec import LinearSpec, ParamSpec
@@ -209,19 +209,18 @@ class _Stream:
     scales: Array
     rows: Array
     row_starts: Array
-    units: int
+
+    @property
+    def units(self) -> int:
+        """Records in all."""
+        return int(self.row_starts[-1])
 
     @classmethod
     def of(cls, spec: LinearSpec, records: Records, parts: Sequence[BSRLayer]) -> _Stream:
         """Line up the groups of folded layers."""
-        counts = np.concatenate([np.diff(part.indptr) for part in parts]).astype(np.int64)
-        starts = np.concatenate([[0], np.cumsum(counts)])
-        order = row_order(spec)
-        counts = counts[order]
-        ends = np.cumsum(counts)
+        groups_before, source = stored_order(spec, parts)
+        counts = np.diff(groups_before)
         rows = np.repeat(np.arange(spec.n), counts)
-        # Where each group comes from: its row's first group plus its place in the row.
-        source = np.repeat(starts[order] - (ends - counts), counts) + np.arange(spec.nnz)
         columns = np.concatenate([part.indices for part in parts])[source].astype(np.int64)
         steps = np.diff(columns, prepend=0)
         first = np.flatnonzero(np.diff(rows, prepend=-1))
@@ -235,7 +234,7 @@ class _Stream:
         row_starts = np.concatenate([[0], np.cumsum(units)])
         total = int(row_starts[-1]) * records.chunks.groups
         before = np.cumsum(fills + 1)
-        row_before = np.concatenate([[0], before])[ends - counts]
+        row_before = np.concatenate([[0], before])[groups_before[:-1]]
         # What fills up a row comes first, in column 0: a group there overwrites it. Where all
         # groups are kept, places mean columns, and it comes last.
         spare = 0 if records.full else (units * records.chunks.groups - lengths)[rows]
@@ -254,7 +253,6 @@ class _Stream:
             ),
             np.repeat(np.arange(spec.n), units * records.chunks.groups),
             row_starts.astype(np.int32),
-            int(row_starts[-1]),
         ).positive(spec)
 
     def positive(self, spec: LinearSpec) -> _Stream:

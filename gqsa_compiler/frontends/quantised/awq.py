@@ -8,7 +8,6 @@ they are.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -17,12 +16,11 @@ import numpy.typing as npt
 from gqsa_compiler.errors import ModelError
 from gqsa_compiler.frontends.quantised.layer_format import (
     FLOATS,
-    LayerFormat,
+    ColumnFormat,
     Tensors,
     unpack_rows,
 )
 
-_PARTS = ("qweight", "qzeros", "scales")
 _BITS = 4
 _WORD = 8
 # Which nibble of a word holds outputs 0 to 7.
@@ -59,7 +57,7 @@ def awq_group_size(fields: Mapping[str, Any], where: str) -> int | None:
     return size
 
 
-class AWQFormat(LayerFormat):
+class AWQFormat(ColumnFormat):
     """The layers of an AWQ checkpoint; see the module.
 
     Parameters
@@ -75,19 +73,6 @@ class AWQFormat(LayerFormat):
     def __init__(self, tensors: Tensors, where: str, group_size: int | None) -> None:
         super().__init__(tensors, where)
         self.group_size = group_size
-
-    @cached_property
-    def layers(self) -> tuple[str, ...]:
-        """See `LayerFormat.layers`."""
-        return self.named("qweight")
-
-    def parts(self, layer: str) -> frozenset[str]:
-        """See `LayerFormat.parts`."""
-        return frozenset(f"{layer}.{part}" for part in _PARTS)
-
-    def groups(self, layer: str) -> int:
-        """See `LayerFormat.groups`."""
-        return self.size(layer, "scales", FLOATS, 2)[0]
 
     def shape(self, layer: str) -> tuple[int, int]:
         """See `LayerFormat.shape`."""
@@ -106,10 +91,6 @@ class AWQFormat(LayerFormat):
     def bits(self, layer: str) -> int:
         """See `LayerFormat.bits`."""
         return _BITS
-
-    def scales(self, layer: str) -> npt.NDArray[Any]:
-        """See `LayerFormat.scales`."""
-        return self.tensors.read(f"{layer}.scales").T
 
     def zeros(self, layer: str) -> npt.NDArray[np.uint8] | None:
         """See `LayerFormat.zeros`."""

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -19,13 +18,11 @@ import numpy.typing as npt
 from gqsa_compiler.errors import ModelError
 from gqsa_compiler.frontends.quantised.layer_format import (
     FLOATS,
-    LayerFormat,
+    ColumnFormat,
     Tensors,
     unpack_columns,
     unpack_rows,
 )
-
-_PARTS = ("qweight", "qzeros", "scales", "g_idx")
 
 
 @dataclass(frozen=True)
@@ -95,7 +92,7 @@ class GPTQSettings:
         )
 
 
-class GPTQFormat(LayerFormat):
+class GPTQFormat(ColumnFormat):
     """The layers of a GPTQ checkpoint; see the module.
 
     Parameters
@@ -106,23 +103,11 @@ class GPTQFormat(LayerFormat):
     """
 
     kind = "GPTQ"
+    optional = ("g_idx",)
 
     def __init__(self, tensors: Tensors, where: str, settings: GPTQSettings) -> None:
         super().__init__(tensors, where)
         self.settings = settings
-
-    @cached_property
-    def layers(self) -> tuple[str, ...]:
-        """See `LayerFormat.layers`."""
-        return self.named("qweight")
-
-    def parts(self, layer: str) -> frozenset[str]:
-        """See `LayerFormat.parts`."""
-        return frozenset(f"{layer}.{part}" for part in _PARTS)
-
-    def groups(self, layer: str) -> int:
-        """See `LayerFormat.groups`."""
-        return self.size(layer, "scales", FLOATS, 2)[0]
 
     def shape(self, layer: str) -> tuple[int, int]:
         """See `LayerFormat.shape`."""
@@ -149,10 +134,6 @@ class GPTQFormat(LayerFormat):
         """See `LayerFormat.bits`."""
         rows = self.size(layer, "qweight", ("I32",), 2)[0]
         return self.check_bits(layer, rows * 32 // self.shape(layer)[1])
-
-    def scales(self, layer: str) -> npt.NDArray[Any]:
-        """See `LayerFormat.scales`."""
-        return self.tensors.read(f"{layer}.scales").T
 
     def codes(self, layer: str) -> npt.NDArray[np.uint8]:
         """See `LayerFormat.codes`."""

@@ -169,6 +169,30 @@ class LayerFormat(ABC):
         return frozenset(self.tensors.names)
 
 
+class ColumnFormat(LayerFormat):
+    """What GPTQ and AWQ share: ``qweight`` and ``scales`` [C, N], a column for every output."""
+
+    optional: tuple[str, ...] = ()
+
+    @cached_property
+    def layers(self) -> tuple[str, ...]:
+        """See `LayerFormat.layers`."""
+        return self.named("qweight")
+
+    def parts(self, layer: str) -> frozenset[str]:
+        """See `LayerFormat.parts`."""
+        names = ("qweight", "qzeros", "scales", *self.optional)
+        return frozenset(f"{layer}.{name}" for name in names)
+
+    def groups(self, layer: str) -> int:
+        """See `LayerFormat.groups`."""
+        return self.size(layer, "scales", FLOATS, 2)[0]
+
+    def scales(self, layer: str) -> npt.NDArray[Any]:
+        """See `LayerFormat.scales`."""
+        return self.tensors.read(f"{layer}.scales").T
+
+
 FLOATS = ("F16", "BF16", "F32")
 """What scales may be stored as."""
 
