@@ -33,7 +33,7 @@ from tvm.target import Target
 from tvm.tirx.build import split_host_device_mods
 from tvm.tirx.compilation_pipeline import finalize_host_passes, register_tir_pipeline
 from tvm.tirx.script import builder as B
-from tvm_ffi import structural_equal
+from tvm_ffi import structural_equal, structural_hash
 
 # A pass runs behind TVM's C interface, which brings an exception back by its class's name.
 tvm_ffi.register_error("CompileError", CompileError)
@@ -57,6 +57,7 @@ __all__ = [
     "s_tir",
     "split_host_device_mods",
     "structural_equal",
+    "structural_hash",
     "tirx",
     "tvm",
     "tvm_ffi",

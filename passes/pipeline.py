@@ -18,6 +18,7 @@ from gqsa_compiler.passes.rewrite_linear import RewriteLinear
 from gqsa_compiler.passes.schedule_rest import CheckScheduled, ScheduleRest
 from gqsa_compiler.passes.select_kernels import SelectKernels
 from gqsa_compiler.passes.select_norms import SelectNorms
+from gqsa_compiler.passes.share_views import ShareViews
 from gqsa_compiler.schedules.kv_cache import KVCacheSpec
 from gqsa_compiler.schedules.spec import ActivationDtype
 from gqsa_compiler.targets import TargetSpec
@@ -106,10 +107,10 @@ def phases(
             "finalize",
             [
                 transform.LowerAllocTensor(),  # to storage and tensors
-                transform.KillAfterLastUse(),  # frees what is not planned
                 transform.LowerRuntimeBuiltin(),  # to calls of the VM
                 transform.ComputePrimValue(),  # scalar arithmetic -> host functions
                 transform.VMShapeLower(),  # symbolic shapes -> the shape heap
+                ShareViews(),  # what describes memory is made once, not in every block
                 transform.AttachGlobalSymbol(),  # names for the linker
             ],
         ),

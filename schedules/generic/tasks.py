@@ -11,6 +11,7 @@ from gqsa_compiler.schedules.generic.config import GenericConfig
 from gqsa_compiler.schedules.generic.emit import Buffer, Expr, int64, load, local, store
 from gqsa_compiler.schedules.generic.epilogue import Outputs
 from gqsa_compiler.schedules.generic.function import Arguments
+from gqsa_compiler.schedules.generic.sharing import each_task
 from gqsa_compiler.schedules.generic.tiles import TilePlan
 from gqsa_compiler.schedules.spec import LinearSpec
 
@@ -85,7 +86,7 @@ def emit_tasks(
         outputs.finish(sums, 0, unit, token, tile)
 
     def tasks(inputs: Inputs, tile: int, token: Expr, tiles: Expr) -> None:
-        with B.parallel(int64(0), int64(config.tasks)) as task:
+        with each_task(config.tasks) as task:
             own = in_task(inputs)
             with B.serial(int64(0), tiles) as i:
                 units(own, task, B.bind(token + i * int64(tile)), tile)
@@ -105,7 +106,7 @@ def emit_tasks(
     with B.If(args.tokens == int64(1)):
         with B.Then():
             inputs = prepare(None)
-            with B.parallel(int64(0), int64(config.tasks)) as task:
+            with each_task(config.tasks) as task:
                 if one_token is None:
                     units(inputs, task, int64(0), 1)
                 else:
@@ -119,5 +120,5 @@ def emit_tasks(
                         in_tiles()
                     with B.Else():
                         emit = many_tokens.prepare()
-                        with B.parallel(int64(0), int64(config.tasks)) as task:
+                        with each_task(config.tasks) as task:
                             emit(outputs, *bounds(task))

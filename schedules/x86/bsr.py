@@ -112,16 +112,17 @@ class X86Bsr(ScheduleRule[GenericConfig]):
             def with_scratch(inputs: Inputs) -> Inputs:
                 return replace(inputs, scratch=Scratch.allocate())
 
-            emit_tasks(
-                spec,
-                config,
-                args,
-                prepared,
-                partial(row_sums, weights),
-                in_task=with_scratch,
-                one_token=partial(one_token, weights),
-                many_tokens=ManyTokens(LEAST, many) if has_bfloat16(target) else None,
-            )
+            with weights.helpers():
+                emit_tasks(
+                    spec,
+                    config,
+                    args,
+                    prepared,
+                    partial(row_sums, weights),
+                    in_task=with_scratch,
+                    one_token=partial(one_token, weights),
+                    many_tokens=ManyTokens(LEAST, many) if has_bfloat16(target) else None,
+                )
 
         def whole(args: Arguments) -> None:
             with bfloat16.helpers() if has_bfloat16(target) else nullcontext():

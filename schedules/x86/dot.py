@@ -93,7 +93,7 @@ def lane_sums(weights: Weights, inputs: Inputs, row: Expr, token: Expr, tile: in
         record = weights.start(begin + i)
         prefetch(weights.bytes, record + int64(AHEAD))
         scales = weights.unit_scales(record)
-        codes = _registers(weights.unit_codes(record, weights.unit_zeros(record)), lanes)
+        codes = _registers(weights.unit_codes(record), lanes)
         columns = weights.unit_columns(record, i, column)
         for t in range(tile):
             base = B.bind((token + int64(t)) * int64(weights.spec.k // 2))

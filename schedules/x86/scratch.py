@@ -62,6 +62,6 @@ class Scratch:
             inside = B.min(first, last) if weights.overhang else first
             store(self.columns, B.Cast("int32", inside), group + int64(g))
         start = B.bind(unit * int64(chunks.vectors * half))
-        for v, code in enumerate(weights.unit_codes(record, weights.unit_zeros(record))):
+        for v, code in enumerate(weights.unit_codes(record)):
             words = B.reinterpret(f"int32x{half}", code)
             store(self.pairs, words, start + int64(v * half), lanes=half)

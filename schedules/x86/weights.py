@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 from gqsa_compiler._tvm import B
@@ -21,6 +22,7 @@ from gqsa_compiler.schedules.generic.emit import (
     vector,
 )
 from gqsa_compiler.schedules.spec import LinearSpec
+from gqsa_compiler.schedules.x86 import splat
 from gqsa_compiler.schedules.x86.chunks import Chunks
 from gqsa_compiler.schedules.x86.records import Records
 
@@ -89,7 +91,7 @@ class Weights:
         root = B.bind(cast("float32", signed, count))
         return B.bind(root * B.abs(root))
 
-    def unit_zeros(self, record: Expr) -> Expr:
+    def _unit_zeros(self, record: Expr) -> Expr:
         """Emit the zero points of a unit's groups, int16."""
         records, count = self.records, self.chunks.groups
         if records.symmetric:
@@ -144,9 +146,25 @@ class Weights:
             word = B.shift_right(word, by) if bit > power else B.shift_left(word, by)
         return B.bitwise_and(word, const(most << power, "uint64"))
 
-    def unit_codes(self, record: Expr, zeros: Expr) -> list[Expr]:
+    @property
+    def splats(self) -> bool:
+        """Whether zero points are copied to all lanes and picked there."""
+        return self.records.zeros_in_steps and self.chunks.groups in splat.SIZES
+
+    def helpers(self) -> AbstractContextManager[None]:
+        """Make what the other methods call known to the code that the block emits."""
+        return splat.helpers(self.chunks.groups, self.lanes) if self.splats else nullcontext()
+
+    def unit_codes(self, record: Expr) -> list[Expr]:
         """Emit a unit's codes less their zero points: vectors of int16, in the groups' order."""
         chunks = self.chunks
+        if self.splats:
+            at = record + int64(self.records.steps_at)
+            copies = splat.splat(self.bytes, at, chunks.groups, self.lanes)
+            mask = broadcast(const(15, "int8"), 2 * self.lanes)
+            zeros = B.bind(B.bitwise_and(copies, mask))
+        else:
+            zeros = self._unit_zeros(record)
         vectors = []
         for chunk in range(chunks.chunks):
             raw = load(self.bytes, record + int64(chunk * chunks.lanes), lanes=chunks.lanes)
@@ -161,7 +179,10 @@ class Weights:
                     code = B.bitwise_and(code, broadcast(mask, chunks.lanes))
                 signed = B.reinterpret(f"int16x{chunks.lanes}", code)
                 groups = chunks.groups_of(chunk * chunks.fields + field, chunks.lanes)
-                zero = self.spread(zeros, groups, chunks.lanes)
+                if self.splats:
+                    zero = splat.spread(zeros, groups, chunks.lanes, self.lanes)
+                else:
+                    zero = self.spread(zeros, groups, chunks.lanes)
                 vectors.append(B.bind(signed - zero))
         return vectors
 

@@ -157,7 +157,7 @@ class _Decoded:
         scales = B.bind(weights.unit_scales(record) * factor)
         columns = weights.unit_columns(record, place, column)
         size = min(weights.spec.group_size, chunks.lanes)
-        for v, codes in enumerate(weights.unit_codes(record, weights.unit_zeros(record))):
+        for v, codes in enumerate(weights.unit_codes(record)):
             floats = []
             for start in (0, half):
                 part = cast(
