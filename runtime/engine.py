@@ -287,6 +287,21 @@ class Session:
         finally:
             self.remove(sequence)
 
+    def run(self, function: Callable[..., T], *args: Any) -> T:
+        """Call a function on the session's thread, where its passes run.
+
+        Another thread's call of `decode` has to be handed over and its result handed back, which
+        takes a small model 5% of a token. Many calls made by one such function are handed over
+        once. Sessions with as many threads share one, so a function should not take it for long.
+
+        Raises
+        ------
+        UsageError
+            The session is closed.
+
+        """
+        return self._on_thread(function, *args)
+
     def check_tokens(self, tokens: Sequence[int] | np.ndarray) -> np.ndarray:
         """Return token ids as int32 [n]: the compiled embedding would read whatever lies there.
 
@@ -320,6 +335,11 @@ class Session:
         """Where each parameter's data lies, by its name: an instrument tells layers by it."""
         names = (parameter.name for parameter in self._manifest.parameters)
         return {n: t.data_ptr() for n, t in zip(names, self._parameters, strict=True)}
+
+    @property
+    def closed(self) -> bool:
+        """Whether `close` has been called."""
+        return self._closed
 
     def close(self) -> None:
         """Free the cache and its share in the threads; a closed session cannot be used again."""

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+import time
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
@@ -20,6 +21,11 @@ from gqsa_compiler.runtime.tokens import load_tokenizer
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
+
+T = TypeVar("T")
+
+_SLICE = 0.02
+"""Seconds that a stream has the session's thread for: a reader does not see such delays."""
 
 
 def load(
@@ -273,6 +279,24 @@ class Model:
         return TextStream(request, (text for _, text in self._run([request]) if text))
 
     def _run(self, requests: Sequence[Request]) -> Iterator[tuple[Request, str]]:
+        """Run `_steps` on the session's thread, for a while at a time."""
+        steps = self._steps(requests)
+        session = self._session
+        try:
+            while True:
+                pieces, failure = session.run(_for_a_while, steps)
+                yield from pieces
+                if failure is not None:
+                    raise failure
+                if not pieces:
+                    return
+        finally:
+            if session.closed:
+                steps.close()
+            else:
+                session.run(steps.close)
+
+    def _steps(self, requests: Sequence[Request]) -> Generator[tuple[Request, str], None, None]:
         """Advance requests together, starting a waiting one wherever one has finished."""
         session = self._session
         waiting, running = deque(requests), list[Request]()
@@ -312,6 +336,20 @@ class Model:
             None if token is None else self.tokenizer.token_to_id(token),
         ]
         return frozenset(i for i in candidates if isinstance(i, int))
+
+
+def _for_a_while(steps: Iterator[T]) -> tuple[list[T], Exception | None]:
+    """Take steps until `_SLICE` is over; one at least, none if there are no more."""
+    pieces: list[T] = []
+    end = time.monotonic() + _SLICE
+    try:
+        for piece in steps:
+            pieces.append(piece)
+            if time.monotonic() >= end:
+                break
+    except Exception as error:  # after what came before it
+        return pieces, error
+    return pieces, None
 
 
 class TextStream(Iterator[str]):

@@ -33,6 +33,7 @@ class Workers:
         self._users = 0
         try:
             configure = tvm_ffi.get_global_func("runtime.config_threadpool")
+            self._thread = self._executor.submit(threading.get_ident).result()
             self.call(configure, _SHARE_ALL_CORES, len(cpus), [str(cpu) for cpu in cpus])
         except BaseException:
             self._executor.shutdown()
@@ -59,7 +60,9 @@ class Workers:
         self._executor.shutdown()
 
     def call(self, function: Callable[..., T], *args: Any) -> T:
-        """Call a function on the thread and wait for it."""
+        """Call a function on the thread and wait for it; on the thread itself, just call it."""
+        if threading.get_ident() == self._thread:
+            return function(*args)
         return self._executor.submit(function, *args).result()
 
 

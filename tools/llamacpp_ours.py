@@ -24,28 +24,28 @@ class ArtefactEngine:
     def __init__(self, directory: Path, work: Work) -> None:
         manifest = Manifest.read(directory)
         # A session of its own instead of runtime.load(): no second pool of threads beside it.
-        self._session = Session(
+        self.session = Session(
             Program(directory, manifest, verify=False),
             threads=work.threads,
             context_length=work.context,
             max_batch=1,
         )
         self.vocab_size = manifest.model.vocab_size
-        self._sequence = self._session.add()
+        self._sequence = self.session.add()
         self._logits = np.zeros(0, np.float32)
 
     def reset(self) -> None:
         """Forget all tokens."""
-        self._session.remove(self._sequence)
-        self._sequence = self._session.add()
+        self.session.remove(self._sequence)
+        self._sequence = self.session.add()
 
     def prefill(self, tokens: Sequence[int]) -> None:
         """Append tokens and compute the last one's logits."""
-        self._logits = self._session.prefill(self._sequence, tokens)
+        self._logits = self.session.prefill(self._sequence, tokens)
 
     def decode(self, token: int) -> None:
         """Append one token and compute its logits."""
-        self._logits = self._session.decode([self._sequence], [token])[0]
+        self._logits = self.session.decode([self._sequence], [token])[0]
 
     def logits(self) -> Sequence[float]:
         """Return the logits of the last call."""
@@ -61,7 +61,9 @@ def main() -> None:
     options = parser.parse_args()
     work = read_work(options)
     try:
-        print(json.dumps(measure(ArtefactEngine(options.artefact, work), work)))
+        engine = ArtefactEngine(options.artefact, work)
+        # On the session's thread, as text is generated.
+        print(json.dumps(engine.session.run(measure, engine, work)))
     except GqsaError as error:
         sys.exit(str(error))
 

@@ -109,6 +109,9 @@ def attention_decode(shape: AttentionShape) -> Any:
             share.begin(q, b, sm_scale)
             with B.serial(load(span, 1) - load(span, 0)) as i:
                 at = B.bind(load(span, 0) + i)
+                # Pages lie anywhere: the hardware cannot guess where the next one begins.
+                behind = B.bind(B.min(at + 1, load(span, 1) - 1))
+                pages.fetch(B.bind(int64(load(page_values, page_begin + behind))), share.h)
                 share.page(B.bind(int64(load(page_values, page_begin + at))), at * page, keys)
         with B.grid(batch, heads) as (b, head):
             partial.merge(load(shares, b), load(shares, b + 1), output, lse, b, head)

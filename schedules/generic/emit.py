@@ -113,9 +113,9 @@ def store(buffer: Buffer, value: Expr, *indices: Expr, lanes: int = 1) -> None:
     B.buffer_store(buffer, value, [*indices[:-1], span(indices[-1], lanes)])
 
 
-def prefetch(buffer: Buffer, index: Expr) -> None:
+def prefetch(buffer: Buffer, *indices: Expr) -> None:
     """Emit a request for an element's cache line; it may lie beyond the buffer's end."""
-    address = B.address_of(buffer[index])
+    address = B.address_of(buffer[indices])
     to_read, keep, data = 0, 3, 1
     B.evaluate(tvm.tirx.call_intrin("void", "tirx.prefetch", address, to_read, keep, data))
 

@@ -23,6 +23,7 @@ from gqsa_compiler.schedules.generic.emit import (
     float_to_half,
     half_to_float,
     load,
+    prefetch,
     store,
 )
 
@@ -53,6 +54,14 @@ class Pages:
         if not self.shape.half:
             return value
         return half_to_float(B.bind(value), lanes, native=self.shape.native_half)
+
+    def fetch(self, page: Expr, head: Expr) -> None:
+        """Ask for a head's keys and values of a page: they come while others are computed with."""
+        line = 64 // (2 if self.shape.half else 4)
+        keys, dim = self.shape.page_size, self.shape.head_dim
+        with B.grid(2, keys * dim // line) as (part, i):
+            at = B.bind(i * line)
+            prefetch(self.buffer, page, part, head, B.floordiv(at, dim), B.floormod(at, dim))
 
     def store(self, value: Expr, *indices: Expr, lanes: int = 1) -> None:
         """Store `lanes` consecutive features."""

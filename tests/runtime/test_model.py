@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import math
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ import numpy as np
 import pytest
 
 from gqsa_compiler.runtime.errors import ArtefactError, UsageError
-from gqsa_compiler.runtime.generation import sampling_options
+from gqsa_compiler.runtime.generation import Request, sampling_options
 from gqsa_compiler.runtime.model import Model, load
 from gqsa_compiler.runtime.sampling import SamplingOptions
 from tests.runtime import toy
@@ -60,6 +61,43 @@ def test_stream_is_the_text(model: Model) -> None:
     assert len(pieces) > 5
     assert all(pieces)
     assert "".join(pieces) == stream.result.text == model.generate("the", **HOT).text
+
+
+def test_streams_read_in_turn_are_those_read_alone(model: Model) -> None:
+    alone = [model.generate(prompt, max_tokens=30, ignore_eos=True).text for prompt in PROMPTS[:2]]
+    streams = [model.stream(prompt, max_tokens=30, ignore_eos=True) for prompt in PROMPTS[:2]]
+    texts = ["", ""]
+    for pieces in zip_longest(*streams, fillvalue=""):
+        texts = [text + piece for text, piece in zip(texts, pieces, strict=True)]
+    assert texts == alone
+
+
+def test_what_fails_in_a_stream_comes_after_the_text_before_it(
+    model: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    accept, seen = Request.accept, []
+
+    def third_fails(self: Request, logits: np.ndarray) -> str:
+        seen.append(accept(self, logits))
+        if len(seen) == 3:
+            raise RuntimeError("broken")
+        return seen[-1]
+
+    monkeypatch.setattr(Request, "accept", third_fails)
+    pieces = []
+    with pytest.raises(RuntimeError, match="broken"):
+        pieces.extend(model.stream("the man", max_tokens=9, ignore_eos=True))
+    monkeypatch.undo()
+    assert "".join(pieces) == "".join(seen[:2]) != ""
+    assert model.generate("the man", max_tokens=2).token_ids  # its place is free again
+
+
+def test_a_closed_model_s_stream_can_be_dropped(artefact: Path) -> None:
+    model = load(artefact)
+    stream = model.stream("the man", max_tokens=30, ignore_eos=True)
+    next(stream)
+    model.close()
+    stream._pieces.close()
 
 
 def test_a_stream_left_early_frees_its_place(model: Model) -> None:

@@ -87,3 +87,26 @@ def test_a_session_that_cannot_start_gives_its_share_back(
     with pytest.raises(UsageError, match="cannot be made"):
         model.session(threads=1)
     assert {key: pool._users for key, pool in workers._pools.items()} == before
+
+
+def test_run_makes_its_calls_on_the_session_s_thread(model: Model) -> None:
+    session = model.session(threads=1)
+    sequence = session.add()
+
+    def both() -> tuple[int, int]:
+        session.prefill(sequence, [3])
+        return threading.get_ident(), caller(session)
+
+    assert session.run(both) == (caller(session),) * 2
+    assert caller(session) != threading.get_ident()
+    session.close()
+    assert session.closed
+    with pytest.raises(UsageError, match="closed"):
+        session.run(threading.get_ident)
+
+
+def test_what_run_raises_comes_back(model: Model) -> None:
+    session = model.session(threads=1)
+    with pytest.raises(ZeroDivisionError):
+        session.run(lambda: 1 // 0)
+    session.close()
