@@ -17,6 +17,7 @@ from gqsa_compiler.frontends._transformers import (
     gguf_weight_names,
 )
 from gqsa_compiler.frontends.gguf_config import read_gguf_config
+from gqsa_compiler.frontends.gguf_header import check_header
 from gqsa_compiler.frontends.source import ModelSource
 from gqsa_compiler.frontends.tokenizer import save_transformers_tokenizer
 from gqsa_compiler.models.registry import text_config
@@ -51,6 +52,7 @@ class GGUFSource(ModelSource):
         self.kind = "gguf"
         self.path = path
         self.name = name
+        check_header(path)
         try:
             self._reader = GGUFReader(path)
         except (ValueError, KeyError, IndexError, TypeError, OverflowError, OSError) as error:
