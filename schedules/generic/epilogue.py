@@ -43,12 +43,7 @@ class Outputs:
         token : Expr
             int64, the first token; tokens of the tile beyond the last one are not stored.
         """
-        spec, epilogue = self.spec, self.spec.epilogue
-        value = self._biased(sums, at, unit, tile)
-        if epilogue.activation is not None:
-            value = B.bind(math.activate(epilogue.activation, value))
-        if epilogue.gated:
-            value = value * self._biased(sums, at + tile, unit + int64(spec.n // 2), tile)
+        value = self._activated(self._of(sums, at, tile), unit, tile, same_row=True)
         if tile == 1:
             self._store(value, token, unit)
             return
@@ -67,17 +62,7 @@ class Outputs:
         unit : Expr
             int64, the first feature.
         """
-        spec, epilogue = self.spec, self.spec.epilogue
-
-        def biased(value: Expr, row: Expr) -> Expr:
-            bias = None if self.bias is None else load(self.bias, row, lanes=lanes)
-            return B.bind(value if bias is None else value + bias)
-
-        value = biased(sums[0], unit)
-        if epilogue.activation is not None:
-            value = B.bind(math.activate(epilogue.activation, value))
-        if epilogue.gated:
-            value = value * biased(sums[1], unit + int64(spec.n // 2))
+        value = self._activated(sums, unit, lanes, same_row=False)
         if self.residual is not None:
             value = value + load(self.residual, int64(0), unit, lanes=lanes)
         store(self.out, value, int64(0), unit, lanes=lanes)
@@ -93,16 +78,11 @@ class Outputs:
         unit, token : Expr
             int64, the first feature and the first token; tokens beyond the last are not stored.
         """
-        spec, epilogue = self.spec, self.spec.epilogue
         finished = local(units * tile)
+        rows = 2 if self.spec.epilogue.gated else 1
         for u in range(units):
-            at = u * tile * (2 if epilogue.gated else 1)
-            row = unit + int64(u)
-            value = self._biased(sums, at, row, tile)
-            if epilogue.activation is not None:
-                value = B.bind(math.activate(epilogue.activation, value))
-            if epilogue.gated:
-                value = value * self._biased(sums, at + tile, row + int64(spec.n // 2), tile)
+            found = self._of(sums, u * rows * tile, tile)
+            value = self._activated(found, unit + int64(u), tile, same_row=True)
             store(finished, value, u * tile, lanes=tile)
         with B.serial(int64(0), B.min(int64(tile), self.tokens - token)) as i:
             place = B.bind(token + i)
@@ -111,11 +91,36 @@ class Outputs:
                 value = value + load(self.residual, place, unit, lanes=units)
             store(self.out, value, place, unit, lanes=units)
 
-    def _biased(self, sums: Buffer, at: int, row: Expr, tile: int) -> Expr:
-        value = load(sums, at, lanes=tile)
-        if self.bias is not None:
-            value = value + broadcast(load(self.bias, row), tile)
-        return B.bind(value)
+    def _of(self, sums: Buffer, at: int, tile: int) -> list[Expr]:
+        """Load a feature's dot products and, when gated, those of its up row behind them."""
+        rows = 2 if self.spec.epilogue.gated else 1
+        return [load(sums, at + r * tile, lanes=tile) for r in range(rows)]
+
+    def _activated(self, sums: Sequence[Expr], unit: Expr, lanes: int, *, same_row: bool) -> Expr:
+        """Emit bias, activation and gating.
+
+        Parameters
+        ----------
+        sums : sequence of Expr
+            `lanes` dot products and, when gated, those of the up rows.
+        unit : Expr
+            int64, the first lane's feature.
+        same_row : bool
+            Lanes are tokens; else they are features.
+        """
+        epilogue = self.spec.epilogue
+        values = []
+        for r, value in enumerate(sums):
+            if self.bias is not None:
+                row = unit + int64(r * (self.spec.n // 2))
+                width = 1 if same_row else lanes
+                bias = load(self.bias, row, lanes=width)
+                value = value + (broadcast(bias, lanes) if same_row else bias)
+            values.append(B.bind(value))
+        result = values[0]
+        if epilogue.activation is not None:
+            result = B.bind(math.activate(epilogue.activation, result))
+        return result * values[1] if epilogue.gated else result
 
     def _store(self, value: Expr, token: Expr, unit: Expr) -> None:
         if self.residual is not None:
