@@ -54,7 +54,7 @@ demo: $(VENV)/.stamp-model
 	$(BIN)/python tools/demo.py --directory '$(DEMO_DIR)'
 
 native: $(VENV)/.stamp-project
-	runtime/native/build.sh "$$(uname -m)" $(BIN)/python
+	$(BIN)/gqsa native "$$(uname -m)"
 
 test: $(VENV)/.stamp-model
 	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile

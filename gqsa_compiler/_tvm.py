@@ -20,8 +20,8 @@ if not str(tvm.__version__).startswith(f"{REQUIRED}."):
     )
 
 # ruff: noqa: E402
-from tvm import relax, s_tir, tirx
-from tvm.ir import StringImm
+from tvm import relax, rpc, s_tir, tirx
+from tvm.ir import GenericConst, StringImm
 from tvm.relax.analysis import post_order_visit
 from tvm.relax.expr_functor import PyExprMutator, mutator
 from tvm.relax.frontend import nn
@@ -29,6 +29,7 @@ from tvm.s_tir import Schedule
 from tvm.script import relax as R
 from tvm.script import tirx as T
 from tvm.script.ir_builder import IRBuilder
+from tvm.sym import Analyzer
 from tvm.target import Target
 from tvm.tirx.build import split_host_device_mods
 from tvm.tirx.compilation_pipeline import finalize_host_passes, register_tir_pipeline
@@ -40,7 +41,9 @@ tvm_ffi.register_error("CompileError", CompileError)
 
 __all__ = [
     "REQUIRED",
+    "Analyzer",
     "B",
+    "GenericConst",
     "IRBuilder",
     "PyExprMutator",
     "R",
@@ -54,6 +57,7 @@ __all__ = [
     "post_order_visit",
     "register_tir_pipeline",
     "relax",
+    "rpc",
     "s_tir",
     "split_host_device_mods",
     "structural_equal",

@@ -4,25 +4,23 @@ from __future__ import annotations
 
 import errno
 import hashlib
-import json
 import os
 import shutil
-import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
-from importlib import util
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
-from gqsa_compiler import runtime
 from gqsa_compiler._child import run_in_child
 from gqsa_compiler._tvm import relax, tvm
+from gqsa_compiler.bundle import link_program
 from gqsa_compiler.checkpoint import BSRLayer
-from gqsa_compiler.errors import CompileError, GqsaError
+from gqsa_compiler.errors import CompileError
 from gqsa_compiler.head import round_weight
+from gqsa_compiler.native import PROGRAM
 from gqsa_compiler.passes import cpu_code
 from gqsa_compiler.passes.plan import (
     BiasTensor,
@@ -33,13 +31,11 @@ from gqsa_compiler.passes.plan import (
     np_dtype,
 )
 from gqsa_compiler.passes.records import ParamRecord
-from gqsa_compiler.runtime.chat import TEMPLATE_FILE, load_template
-from gqsa_compiler.runtime.library import BUNDLE, RUNTIME_LIBRARIES
-from gqsa_compiler.targets import TargetSpec, host_arch
+from gqsa_compiler.schedules.cuda import library as cuda
+from gqsa_compiler.targets import TargetSpec
+from gqsa_compiler.toolchain import library_linker
 
 PARAMETERS = "params.safetensors"
-PROGRAM = "gqsa-run"
-CHAT_PROMPT = "chat_prompt.json"
 _LITTLE_ROOM = 1 << 20  # bytes: with less, a failure is put down to the full disk
 
 Array = npt.NDArray[Any]
@@ -109,11 +105,13 @@ def _dense(weights: WeightLoader, name: str, dtype: str) -> Array:
 
 def library_name(target: TargetSpec, variants: int) -> str:
     """Name the library of one of so many variants of an artefact."""
+    if target.linked:
+        return PROGRAM
     return "model.so" if variants == 1 else f"model.{target.name}.so"
 
 
 def export_library(mod: tvm.IRModule, target: TargetSpec, path: Path) -> str:
-    """Generate code, link a library and return its SHA-256.
+    """Generate code, link a library, or a linked target's program, and return its SHA-256.
 
     Parameters
     ----------
@@ -130,19 +128,30 @@ def export_library(mod: tvm.IRModule, target: TargetSpec, path: Path) -> str:
     OSError
         The disk is full.
     """
-    compiler = tvm.support.cc.cross_compiler(_linker(target))
     directory = path.parent
+
+    def link(output: str, objects: list[str], **_options: Any) -> None:
+        if target.linked:
+            link_program(target, objects, Path(output))
+        else:
+            library_linker(target)(Path(output), objects)
 
     def generate() -> None:
         # Object files go beside the library, not to a temporary directory that may be small.
         with tempfile.TemporaryDirectory(dir=directory) as objects:
+            if target.kind == "cuda":
+                described = tvm.target.Target(target.tvm_dict())
+                code = target.required_flags
+                cuda.export_library(mod, described, code, path, link, Path(objects))
+                return
             executable = relax.build(
                 mod,
                 tvm.target.Target(target.tvm_dict()),
                 relax_pipeline=None,
                 tir_pipeline=cpu_code.register(),
+                system_lib=target.linked,
             )
-            executable.export_library(str(path), fcompile=compiler, workspace_dir=objects)
+            executable.export_library(str(path), fcompile=link, workspace_dir=objects)
 
     try:
         run_in_child(generate, "Code generation")
@@ -153,141 +162,10 @@ def export_library(mod: tvm.IRModule, target: TargetSpec, path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
-def _linker(target: TargetSpec) -> str:
-    if target.arch == host_arch():
-        names, package = ["g++", "c++", "clang++"], "g++"
-    else:
-        names = [f"{target.arch}-linux-gnu-g++"]
-        package = f"g++-{target.arch.replace('_', '-')}-linux-gnu"
-    for name in names:
-        if shutil.which(name):
-            return name
-    raise CompileError(
-        f"Linking for {target.name} needs {names[0]}, which is not on the PATH; install it "
-        f"(Debian: apt-get install {package})."
-    )
-
-
-def check_tools(target: TargetSpec, *, bundle: bool) -> None:
-    """Check, before any work, that this machine can link for a target and bundle libraries.
-
-    Raises
-    ------
-    CompileError
-        No linker for the target, or no libraries for a bundle for another architecture.
-    """
-    if bundle and (target.arch != host_arch() or sys.platform != "linux"):
-        folder = native_folder(target.arch) / BUNDLE
-        if not folder.is_dir():
-            raise CompileError(
-                f"--bundle needs the runtime libraries for {target.arch}, and there is no "
-                f"{folder}; make it with runtime/native/build.sh {target.arch}, or compile without "
-                "--bundle."
-            )
-    _linker(target)
-
-
-def native_folder(arch: str) -> Path:
-    """Return where `runtime/native/build.sh` puts what it makes for an architecture.
-
-    It holds the program ``gqsa-run`` and, if the architecture is another than this machine's, the
-    folder `BUNDLE` with TVM's runtime libraries. Nothing may be there yet.
-    """
-    return Path(runtime.__file__).parent / "native" / "build" / arch
-
-
-def bundle_libraries(directory: Path) -> None:
-    """Put into an artefact what runs it on a machine that has nothing installed.
-
-    These are TVM's runtime libraries for the artefact's code, the program ``gqsa-run`` if it has
-    been built, and, for its ``--chat``, what the chat template writes around a message.
-
-    Raises
-    ------
-    CompileError
-        A library is not there.
-    """
-    arch = _arch_of(next(directory.glob("model*.so")))
-    native = native_folder(arch)
-    if arch == host_arch():
-        places = [_package(p) / "lib" for p in ("tvm", "tvm_ffi")]
-    else:
-        places = [native / BUNDLE]
-    library = directory / BUNDLE
-    library.mkdir()
-    for name in (*RUNTIME_LIBRARIES, "libtvm_ffi.so"):
-        found = [place / name for place in places if (place / name).is_file()]
-        if not found:
-            raise CompileError(f"{name} is not in {places[0]}; install it there again.")
-        shutil.copy2(found[0], library / name)
-    if (native / PROGRAM).is_file():
-        shutil.copy2(native / PROGRAM, directory / PROGRAM)
-    prompt = chat_prompt(directory)
-    if prompt is not None:
-        text = json.dumps(prompt, indent=1, ensure_ascii=False)
-        (directory / CHAT_PROMPT).write_text(text + "\n", encoding="utf-8")
-
-
-def chat_prompt(directory: Path) -> dict[str, str | bool] | None:
-    """Find what an artefact's chat template writes around one message of a user.
-
-    Parameters
-    ----------
-    directory : Path
-        With the model's chat_template.jinja and tokenizer_config.json, if it has them.
-
-    Returns
-    -------
-    dict or None
-        ``before`` and ``after`` the message, and whether its white space is cut off (``trim``);
-        None if there is no template, or one that does more to a message, or tells the date.
-    """
-    try:
-        settings = json.loads((directory / "tokenizer_config.json").read_text(encoding="utf-8"))
-        source = (directory / TEMPLATE_FILE).read_text(encoding="utf-8")
-    except FileNotFoundError:
-        return None
-    template = load_template(directory, settings)
-    if template is None or "strftime_now" in source:
-        return None
-    mark = "a message of nobody's"
-
-    def render(content: str) -> str:
-        return template.render([{"role": "user", "content": content}])
-
-    try:
-        text, spaced = render(mark), render(f" {mark} ")
-    except GqsaError:
-        return None
-    if text.count(mark) != 1:
-        return None
-    before, after = text.split(mark)
-    if spaced not in (text, f"{before} {mark} {after}"):
-        return None
-    return {"before": before, "after": after, "trim": spaced == text}
-
-
-def _arch_of(library: Path) -> str:
-    """Return the architecture that a shared library is for, by its ELF header."""
-    machine = int.from_bytes(library.read_bytes()[18:20], "little")
-    names = {62: "x86_64", 183: "aarch64"}
-    if machine not in names:
-        raise CompileError(f"{library} is for a machine (ELF {machine}) that has no bundles.")
-    return names[machine]
-
-
-def _package(name: str) -> Path:
-    spec = util.find_spec(name)
-    if spec is None or spec.origin is None:
-        raise CompileError(f"The package {name} is not installed.")
-    return Path(spec.origin).parent
-
-
 __all__ = [
     "PARAMETERS",
     "RawTensor",
     "WeightLoader",
-    "bundle_libraries",
     "export_library",
     "library_name",
     "packed_tensors",

@@ -134,7 +134,12 @@ def bench_artefact(
     with load(
         directory, threads=threads, verify=verify, context_length=length, max_batch=1
     ) as model:
-        used, variant = model.threads, model.variant
+        used, variant, device = model.threads, model.variant, model.device
+        if profile and not device.is_cpu:
+            raise UsageError(
+                "--profile times the calls of a CPU's kernels; a GPU's run after their calls have "
+                "returned. Leave it out."
+            )
         ids = np.random.default_rng(0).integers(0, manifest.model.vocab_size, prompt).tolist()
         for index in range(repeats + 1):
             say("Timed runs", index, repeats + 1)
@@ -163,7 +168,7 @@ def bench_artefact(
                 progress=say,
             )
     say("Measuring the memory's read bandwidth", 0, 0)
-    bandwidth = measure_read_bandwidth(used)
+    bandwidth = measure_read_bandwidth(used) if device.is_cpu else device.copy_bandwidth()
     return BenchResult(
         prefill_tokens_per_second=statistics.median(r.prefill_tokens_per_second for r in timed),
         decode_tokens_per_second=decode,

@@ -16,11 +16,13 @@ from typing import TYPE_CHECKING, Any, Literal
 from gqsa_compiler import artefact, report
 from gqsa_compiler._callable import make_callable
 from gqsa_compiler._tvm import tvm, tvm_ffi
+from gqsa_compiler.bundle import add_bundle, check_tools
 from gqsa_compiler.checkpoint import BSRLayer
 from gqsa_compiler.errors import CompileError, UsageError
 from gqsa_compiler.frontends.hf import ImportedModel, import_model
 from gqsa_compiler.frontends.source import ModelSource, resolve
 from gqsa_compiler.head import BITS, group_size
+from gqsa_compiler.modules.files import is_module
 from gqsa_compiler.outdir import check_output, staged_directory
 from gqsa_compiler.passes.memory import workspace_bytes
 from gqsa_compiler.passes.pipeline import PipelineOptions, run
@@ -37,6 +39,7 @@ from gqsa_compiler.schedules.table import (
     default_activations,
 )
 from gqsa_compiler.targets import TargetSpec, parse_targets
+from gqsa_compiler.tuning.lookup import open_tuned
 
 if TYPE_CHECKING:
     import numpy.typing as npt
@@ -45,7 +48,7 @@ if TYPE_CHECKING:
 
 DENSE_RECIPE = "dense"
 HEADS = ("int8", "stored")
-ACTIVATIONS = ("auto", "float32", "int16", "int8")
+ACTIVATIONS = ("auto", "float32", "float16", "int16", "int8")
 
 
 @dataclass(frozen=True)
@@ -66,19 +69,25 @@ class CompileOptions:
         Most sequences at once.
     activations : str
         What compressed layers round their inputs to, on the fly: ``float32`` (nothing), ``int16``
-        (a scale a token; x86-64 with AVX2), ``int8`` (a scale for 8 columns); ``auto`` is ``int16``
-        where the target has kernels for it and ``float32`` elsewhere.
+        (a scale a token; x86-64 with AVX2, and GPUs), ``int8`` (a scale for 8 columns),
+        ``float16`` (GPUs); ``auto`` is ``float16`` on GPUs, ``int16`` where the target has kernels
+        for it and ``float32`` elsewhere.
     head : str
         The language-model head of a compressed model: ``int8`` rounds it to 8 bits, ``stored``
         leaves it as it is.
     kv_cache : str
         What keys and values are kept in: ``float16`` (rounded) or ``float32``.
     bundle : bool
-        Add TVM's runtime libraries.
+        Add TVM's runtime libraries and the native program; always so for a linked target.
     no_fallback : bool
         Fail when a layer that the checkpoint does not list under `ignore` stays dense.
     debug_dump : path or None
         Directory for the module after each phase.
+    database : path or None
+        What `gqsa tune` has measured; kernels' configurations are chosen by it, and by what is
+        shipped for this processor.
+    chip : str or None
+        The processor to take measurements of, see `gqsa_compiler.tuning.lookup.open_tuned`.
     """
 
     target: str = "cpu"
@@ -91,6 +100,8 @@ class CompileOptions:
     bundle: bool = False
     no_fallback: bool = False
     debug_dump: Path | None = None
+    database: Path | None = None
+    chip: str | None = None
 
 
 def compile_model(
@@ -136,7 +147,7 @@ def compile_model(
     targets = parse_targets(options.target)
     _check_options(options, targets)
     for target in targets:
-        artefact.check_tools(target, bundle=options.bundle)
+        check_tools(target, bundle=options.bundle)
     source = resolve(model)
     compressed = source.checkpoint is not None
     if compressed and recipe is not None:
@@ -176,6 +187,23 @@ def compile_model(
         return result
 
 
+def plan_kernels(
+    model: str, options: CompileOptions | None = None, *, progress: Progress | None = None
+) -> tuple[PackPlan, artefact.WeightLoader]:
+    """Run the passes over a model, a dense one as it is, and return its kernels and its weights.
+
+    Raises
+    ------
+    UsageError, ModelError, CheckpointError, CompileError
+        As `compile_model`.
+    """
+    options = options or CompileOptions()
+    targets = parse_targets(options.target)
+    _check_options(options, targets)
+    work = _Compilation(resolve(model), targets, options, progress or (lambda *_: None))
+    return work.plan()
+
+
 def _check_options(options: CompileOptions, targets: tuple[TargetSpec, ...]) -> None:
     for name in ("prefill_chunk", "max_batch", "context_length"):
         value = getattr(options, name)
@@ -195,6 +223,12 @@ def _check_options(options: CompileOptions, targets: tuple[TargetSpec, ...]) -> 
     if options.kv_cache not in DTYPES:
         raise UsageError(
             f"Unknown KV cache {options.kv_cache!r}; choose one of {', '.join(DTYPES)}."
+        )
+    on_gpu = [target.name for target in targets if target.kind == "cuda"]
+    if on_gpu and options.kv_cache != "float16":
+        raise UsageError(
+            f"On a GPU ({on_gpu[0]}) keys and values are kept in float16, not in "
+            f"{options.kv_cache}; leave --kv-cache out."
         )
     if options.activations != "auto":
         for target in targets:
@@ -270,8 +304,8 @@ class _Compilation:
         )
         self.seconds["packing weights"] = time.perf_counter() - begin
         self.source.save_tokenizer(directory)
-        if self.options.bundle:
-            artefact.bundle_libraries(directory)
+        if self.options.bundle or self.targets[0].linked:
+            add_bundle(directory, self.targets[0])
         plan = plan.packed({parameter.name: parameter.shape for parameter in parameters})
         uses, fallbacks = report.kernel_uses(
             plan, self.source.checkpoint is not None, self._ignored()
@@ -290,11 +324,21 @@ class _Compilation:
             kernel_counts=dict(Counter(use.kernel for use in uses)),
             fallbacks=fallbacks,
             seconds={name: round(value, 3) for name, value in self.seconds.items()},
+            configurations=(configurations := report.configuration_uses(plan)),
+            configuration_sources=dict(Counter(use.source for use in configurations)),
         )
         self._manifest(imported, result, libraries, parameters).write(directory)
         text = json.dumps(result.to_dict(), indent=1, ensure_ascii=False)
         (directory / "report.json").write_text(text + "\n", encoding="utf-8")
         return result
+
+    def plan(self) -> tuple[PackPlan, _Weights]:
+        """Run the passes for the first target."""
+        with self._stage("importing the model"):
+            imported = import_model(self.source, context_length=self.options.context_length)
+            weights = _Weights(self.source, imported)
+            records = self._with_head(weights.records(), imported.head)
+        return self._variant(imported, records, self.targets[0]).plan, weights
 
     def _with_head(self, records: tuple[ParamRecord, ...], head: str) -> tuple[ParamRecord, ...]:
         """Mark the head to be rounded, if that is asked for and its layer is not compressed."""
@@ -345,6 +389,12 @@ class _Compilation:
                 "m": max(self.options.max_batch, manifests.SCORE_ROWS),
             },
             self.activations,
+            open_tuned(
+                self.options.database,
+                target,
+                self.options.chip,
+                portable=len(self.targets) > 1,
+            ),
         )
         workspace = phases = 0
         dump = self.options.debug_dump
@@ -372,7 +422,7 @@ class _Compilation:
     ) -> manifests.Manifest:
         model = imported.model
         targets = [
-            manifests.Target(t.name, t.kind, t.arch, t.required_flags, 1, t.triple)
+            manifests.Target(t.name, t.kind, t.arch, t.required_flags, t.device_type, t.triple)
             for t in self.targets
         ]
         return manifests.Manifest(
@@ -492,7 +542,22 @@ def _compile(
     progress: Progress | None = None,
     **options: Any,
 ) -> CompileReport:
-    """Compile a model: `compile_model` with the fields of `CompileOptions` as keywords."""
+    """Compile a model: `compile_model` with the fields of `CompileOptions` as keywords.
+
+    An ONNX file or a module checkpoint goes to `gqsa_compiler.modules.compile_module`, with the
+    fields of its `ModuleOptions`.
+    """
+    if is_module(model):
+        if recipe not in (None, DENSE_RECIPE):
+            raise UsageError(
+                f"{model} is compressed with gqsa_compiler.modules.compress_onnx, which needs "
+                "inputs to learn from; --recipe compresses language models only."
+            )
+        from gqsa_compiler.modules.compile import ModuleOptions, compile_module
+
+        return compile_module(
+            model, output, ModuleOptions(**options), overwrite=overwrite, progress=progress
+        )
     return compile_model(
         model,
         output,

@@ -1,6 +1,6 @@
 """The language-model head, rounded to 8 bits when a compressed model is compiled.
 
-Compression leaves the head alone, and a small model's is a quarter of its weights: in float16 a
+Where compression has left it alone: a small model's is a quarter of its weights, and in float16 a
 token would spend half of its time there.
 """
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from gqsa_compiler.passes.plan import (
@@ -27,6 +27,15 @@ class Fallback:
     bytes: int
     extra_bytes: int
     by_choice: bool
+
+
+@dataclass(frozen=True)
+class ConfigurationUse:
+    """Where a kernel's configuration comes from: `Choice.source` and `Choice.detail`."""
+
+    layer: str
+    source: str
+    detail: str
 
 
 @dataclass(frozen=True)
@@ -56,6 +65,10 @@ class CompileReport:
     fallbacks : tuple of Fallback
     seconds : dict
         Wall time by stage.
+    configurations : tuple of ConfigurationUse
+        In the order of `kernels`; of the first target, where there are several.
+    configuration_sources : dict
+        Kernels by the source of their configuration.
     """
 
     output: str
@@ -70,6 +83,8 @@ class CompileReport:
     kernel_counts: dict[str, int]
     fallbacks: tuple[Fallback, ...]
     seconds: dict[str, float]
+    configurations: tuple[ConfigurationUse, ...] = ()
+    configuration_sources: dict[str, int] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain dictionaries and lists, as `report.json` has them."""
@@ -141,6 +156,11 @@ def kernel_uses(
         for kernel, size, on_purpose in dense
     )
     return tuple(uses), fallbacks
+
+
+def configuration_uses(plan: PackPlan) -> tuple[ConfigurationUse, ...]:
+    """Say where the configuration of every kernel comes from."""
+    return tuple(ConfigurationUse(k.name, k.source, k.detail) for k in plan.kernels)
 
 
 def unwanted_fallbacks(plan: PackPlan, compressed: bool, ignored: Sequence[str]) -> list[str]:

@@ -6,8 +6,10 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from gqsa_compiler.errors import UsageError
+from gqsa_compiler.arm_cores import ARM_CORES
+from gqsa_compiler.errors import GqsaError, UsageError
 from gqsa_compiler.runtime.cpus import host_arch, host_flags
+from gqsa_compiler.runtime.gpus import CPU, CUDA, open_driver
 
 # LLVM's feature name -> Linux's /proc/cpuinfo flags that code with it needs. Only what a kernel
 # asks for: whatever is listed, LLVM uses wherever it can, and machines without it are refused.
@@ -26,6 +28,7 @@ _ARM_FEATURES: Mapping[str, tuple[str, ...]] = {
     "neon": ("asimd",),
     "dotprod": ("asimddp",),
     "i8mm": ("i8mm",),
+    "bf16": ("bf16",),
 }
 _X86_256 = frozenset({"avx2", "f16c", "fma"})
 _X86_512 = _X86_256 | {"avx512bw", "avx512cd", "avx512dq", "avx512f", "avx512vl"}
@@ -41,6 +44,16 @@ _X86_LEVELS: Mapping[str, tuple[str, ...]] = {
     "x86-64-v4": ("avx512bw", "avx512cd", "avx512dq", "avx512f", "avx512vl"),
 }  # fmt: skip
 
+SHARED_BYTES: Mapping[str, int] = {
+    "sm_80": 163 * 1024,
+    "sm_86": 99 * 1024,
+    "sm_89": 99 * 1024,
+    "sm_90": 227 * 1024,
+}
+"""The GPU architectures that there are kernels for, and the shared memory in bytes that one block
+may ask for (CUDA C++ programming guide, "Technical specifications per compute capability")."""
+_OLDEST_GPU = "sm_80"
+
 
 @dataclass(frozen=True)
 class TargetSpec:
@@ -51,17 +64,19 @@ class TargetSpec:
     name : str
         What the user wrote, e.g. ``cpu``.
     kind : str
-        TVM's code generator: ``llvm`` (``cuda`` comes with its own schedules).
+        TVM's code generator: ``llvm`` or ``cuda``.
     arch : str
-        ``x86_64`` or ``aarch64``, as `platform.machine` says it.
+        ``x86_64`` or ``aarch64``, as `platform.machine` says it; of a GPU ``sm_90`` and so on, as
+        nvcc says it.
     cpu : str
         LLVM's ``mcpu``: a level, never one machine's name, so that it and `features` tell all
-        that the code may use.
+        that the code may use. Empty for a GPU.
     features : tuple of str
         LLVM feature names that our kernels use, sorted. The runtime refuses a machine that lacks
-        any of `required_flags`.
+        any of `required_flags`. Of a GPU: ``compute_80``, where PTX goes along, which a driver can
+        translate for any later GPU.
     triple : str
-        LLVM's target triple.
+        LLVM's target triple; of a GPU that of the machine it is in.
     """
 
     name: str
@@ -70,6 +85,11 @@ class TargetSpec:
     cpu: str
     features: tuple[str, ...]
     triple: str
+
+    @property
+    def machine(self) -> str:
+        """Architecture of the CPU: the code's, or that beside the GPU."""
+        return self.triple.partition("-")[0] if self.kind == "cuda" else self.arch
 
     @property
     def vector_bits(self) -> int:
@@ -81,16 +101,41 @@ class TargetSpec:
         return 128
 
     @property
+    def linked(self) -> bool:
+        """The code cannot be a library: it is linked into the native program (phones)."""
+        return self.triple.endswith("-android")
+
+    @property
     def required_flags(self) -> tuple[str, ...]:
-        """What a machine must have to run the code, in the names of /proc/cpuinfo, sorted."""
+        """What a machine must have to run the code, in the names of /proc/cpuinfo, sorted.
+
+        For a GPU: what code is there, of which its driver must be able to take one.
+        """
+        if self.kind == "cuda":
+            return tuple(sorted((self.arch, *self.features)))
         if self.arch == "x86_64":
             needed = _level_flags(self.cpu) | _flags_of(_X86_FEATURES, self.features)
         else:
             needed = _flags_of(_ARM_FEATURES, self.features)
         return tuple(sorted(needed))
 
+    @property
+    def device_type(self) -> int:
+        """DLPack's number of the device that the code runs on."""
+        return CUDA if self.kind == "cuda" else CPU
+
     def tvm_dict(self) -> dict[str, Any]:
         """Return the dictionary that `tvm.target.Target` takes."""
+        if self.kind == "cuda":
+            return {
+                "kind": "cuda",
+                "arch": self.arch,
+                "max_shared_memory_per_block": SHARED_BYTES[self.arch],
+                "max_threads_per_block": 1024,
+                "thread_warp_size": 32,
+                "registers_per_block": 65536,
+                "host": {"kind": "llvm", "mtriple": self.triple},
+            }
         return {
             "kind": self.kind,
             "mtriple": self.triple,
@@ -150,14 +195,48 @@ def host_target(name: str, arch: str, flags: Collection[str]) -> TargetSpec:
         features = {name for name, needs in _X86_FEATURES.items() if have.issuperset(needs)}
         return _x86(name, level, features if features >= _X86_512 else features & _X86_256)
     if arch == "aarch64":
-        return _arm(name, {"neon", "dotprod"} if "asimddp" in have else {"neon"})
+        return _arm(name, {"neon"} | {f for f, needs in _ARM_FEATURES.items() if have >= {*needs}})
     raise UsageError(
         f"This machine's architecture is {arch}, which gqsa cannot compile for; "
         "name a target with --target."
     )
 
 
-TARGET_NAMES = ("cpu", "x86-64-v3", "x86-64-v4", "x86-64-v4-bf16", "aarch64", "aarch64-i8mm")
+def _cuda(name: str, arch: str, *, ptx: bool = False) -> TargetSpec:
+    features = (arch.replace("sm_", "compute_"),) if ptx else ()
+    return TargetSpec(name, "cuda", arch, "", features, f"{host_arch()}-linux-gnu")
+
+
+def _cuda_here(name: str) -> TargetSpec:
+    """Choose code for the GPU of this machine; without one, for the oldest, with PTX."""
+    try:
+        major, minor = open_driver().capability(0)
+    except GqsaError:
+        return _cuda(name, _OLDEST_GPU, ptx=True)
+    arch = f"sm_{major}{minor}"
+    if arch in SHARED_BYTES:
+        return _cuda(name, arch)
+    if (major, minor) < (8, 0):
+        raise UsageError(
+            f"This machine's GPU has compute capability {major}.{minor}, and the kernels need 8.0 "
+            "or later; choose a CPU target."
+        )
+    older = [known for known in SHARED_BYTES if int(known[3:]) < 10 * major + minor]
+    return _cuda(name, older[-1], ptx=True)
+
+
+CPU_NAMES = (
+    "cpu",
+    "x86-64-v3",
+    "x86-64-v4",
+    "x86-64-v4-bf16",
+    "aarch64",
+    "aarch64-i8mm",
+    *(f"aarch64:{core}" for core in ARM_CORES),
+    "android-arm64",
+)
+GPU_NAMES = ("cuda", *(f"cuda:{arch}" for arch in SHARED_BYTES))
+TARGET_NAMES = (*CPU_NAMES, *GPU_NAMES)
 
 
 def parse_target(name: str) -> TargetSpec:
@@ -179,7 +258,15 @@ def parse_target(name: str) -> TargetSpec:
     if name == "aarch64":
         return _arm(name, {"neon", "dotprod"})
     if name == "aarch64-i8mm":
-        return _arm(name, {"neon", "dotprod", "i8mm"})
+        return _arm(name, {"neon", "dotprod", "i8mm", "bf16"})
+    if name.startswith("aarch64:") and name.removeprefix("aarch64:") in ARM_CORES:
+        return _arm(name, ARM_CORES[name.removeprefix("aarch64:")].features)
+    if name == "android-arm64":
+        return replace(_arm(name, {"neon", "dotprod"}), triple="aarch64-linux-android")
+    if name == "cuda":
+        return _cuda_here(name)
+    if name.startswith("cuda:") and name.removeprefix("cuda:") in SHARED_BYTES:
+        return _cuda(name, name.removeprefix("cuda:"))
     raise UsageError(f"Unknown target {name!r}; choose one of {', '.join(TARGET_NAMES)}.")
 
 
@@ -207,6 +294,11 @@ def parse_targets(names: str) -> tuple[TargetSpec, ...]:
                     f"{other.name} and {target.name} are different architectures, whose weights "
                     "are packed differently; compile an artefact for each."
                 )
+            if other.linked or target.linked:
+                raise UsageError(
+                    f"{(target if target.linked else other).name} is a program of its own; compile "
+                    "it without another target."
+                )
             if replace(other, name=target.name) == target:
                 raise UsageError(
                     f"{other.name} and {target.name} mean the same code here; name one of the two."
@@ -217,6 +309,9 @@ def parse_targets(names: str) -> tuple[TargetSpec, ...]:
 
 
 __all__ = [
+    "CPU_NAMES",
+    "GPU_NAMES",
+    "SHARED_BYTES",
     "TARGET_NAMES",
     "TargetSpec",
     "host_arch",

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from gqsa_compiler._tvm import Target, relax, tvm
 from gqsa_compiler.passes.attach_kv_cache import AttachKVCache
 from gqsa_compiler.passes.bind import BindRecords
+from gqsa_compiler.passes.device_kernels import DeviceKernels
 from gqsa_compiler.passes.fold_parallel_linears import FoldParallelLinears
 from gqsa_compiler.passes.fuse_epilogue import FuseActivation, FuseBias, FuseResidual
 from gqsa_compiler.passes.fuse_norm import FuseNorm
@@ -15,10 +16,12 @@ from gqsa_compiler.passes.memory import BoundTokens
 from gqsa_compiler.passes.plan import PackPlan
 from gqsa_compiler.passes.records import ParamRecord
 from gqsa_compiler.passes.rewrite_linear import RewriteLinear
+from gqsa_compiler.passes.schedule_reductions import ScheduleReductions
 from gqsa_compiler.passes.schedule_rest import CheckScheduled, ScheduleRest
 from gqsa_compiler.passes.select_kernels import SelectKernels
 from gqsa_compiler.passes.select_norms import SelectNorms
 from gqsa_compiler.passes.share_views import ShareViews
+from gqsa_compiler.schedules.choice import Configurations
 from gqsa_compiler.schedules.kv_cache import KVCacheSpec
 from gqsa_compiler.schedules.spec import ActivationDtype
 from gqsa_compiler.targets import TargetSpec
@@ -39,12 +42,18 @@ class PipelineOptions:
         Largest value of each symbolic token count by its name.
     activation_dtype : str
         For compressed layers.
+    configurations : Configurations or None
+        Chooses the kernels' configurations; None: each rule's default.
+    general : bool
+        The module is nobody's decoder: reductions that have no kernel get a plain schedule.
     """
 
     target: TargetSpec
     kv_cache: KVCacheSpec | None
     token_bounds: Mapping[str, int]
     activation_dtype: ActivationDtype = "float32"
+    configurations: Configurations | None = None
+    general: bool = False
 
 
 def phases(
@@ -75,8 +84,10 @@ def phases(
         (
             "dispatch",
             [
-                SelectKernels(options.target, plan),  # rule, configuration, packed parameters
-                SelectNorms(),  # norms that nothing absorbed
+                # rule, configuration, packed parameters
+                SelectKernels(options.target, plan, options.configurations),
+                SelectNorms(options.target),  # norms that nothing absorbed
+                DeviceKernels(options.target),  # RoPE, which the definition brought along
                 AttachKVCache(options.kv_cache, options.target),  # with this target's attention
             ],
         ),
@@ -89,7 +100,9 @@ def phases(
                 transform.FuseOps(),  # chains of element-wise operators
                 transform.FuseTIR(),  # each chain -> one PrimFunc
                 transform.DeadCodeElimination(),  # drops the functions that fused away
-                ScheduleRest(),  # vectorise those
+                # what a general module computes besides linear layers
+                *([ScheduleReductions()] if options.general else []),
+                ScheduleRest(options.target),  # lanes, or threads of a GPU, for those
                 CheckScheduled(),  # nothing unscheduled may reach code generation
             ],
         ),

@@ -11,6 +11,7 @@ import ml_dtypes
 import numpy as np
 
 from gqsa_compiler.passes.records import ParamRecord
+from gqsa_compiler.schedules.choice import Source
 from gqsa_compiler.schedules.rule import KernelConfig, ScheduleRule
 from gqsa_compiler.schedules.spec import LinearSpec
 
@@ -61,12 +62,17 @@ class BiasTensor:
 
 @dataclass(frozen=True, eq=False)
 class Kernel:
-    """One linear kernel with its weights: the unit of packing and of the report."""
+    """One linear kernel with its weights: the unit of packing and of the report.
+
+    `source` and `detail` say where its configuration comes from, see `Choice`.
+    """
 
     records: tuple[ParamRecord, ...]
     spec: LinearSpec
     rule: ScheduleRule[Any]
     config: KernelConfig
+    source: Source = "default"
+    detail: str = ""
 
     @property
     def name(self) -> str:

@@ -9,6 +9,7 @@ from gqsa_compiler.passes.linear_op import LinearCall
 from gqsa_compiler.passes.plan import BiasTensor, Kernel, PackedTensor, PackPlan, RawTensor
 from gqsa_compiler.passes.records import ParamRecord
 from gqsa_compiler.passes.rewriter import Expr, Graph, key
+from gqsa_compiler.schedules.choice import Configurations, Defaults
 from gqsa_compiler.schedules.spec import LinearSpec
 from gqsa_compiler.schedules.table import select
 from gqsa_compiler.targets import TargetSpec
@@ -30,11 +31,16 @@ class SelectKernels:
     target : TargetSpec
     plan : PackPlan
         Empty; filled here.
+    configurations : Configurations or None
+        Chooses each kernel's configuration; None: the rules' defaults.
     """
 
-    def __init__(self, target: TargetSpec, plan: PackPlan) -> None:
+    def __init__(
+        self, target: TargetSpec, plan: PackPlan, configurations: Configurations | None = None
+    ) -> None:
         self.target = target
         self.plan = plan
+        self.configurations = configurations or Defaults()
 
     def transform_module(self, mod: tvm.IRModule, _ctx: tvm.transform.PassContext) -> tvm.IRModule:
         """Plan over all functions first, then rewrite each."""
@@ -45,7 +51,7 @@ class SelectKernels:
             if isinstance(func, relax.Function) and func.attrs and "num_input" in func.attrs
         ]
         functions.sort(key=lambda item: str(item[0].name_hint))
-        chooser = _Chooser(self.target, self.plan)
+        chooser = _Chooser(self.target, self.plan, self.configurations)
         for _, func in functions:
             chooser.visit(Graph(func, records))
         out = mod
@@ -61,9 +67,10 @@ class SelectKernels:
 class _Chooser:
     """Kernels by the weights they read, PrimFuncs by what they compute."""
 
-    def __init__(self, target: TargetSpec, plan: PackPlan) -> None:
+    def __init__(self, target: TargetSpec, plan: PackPlan, configurations: Configurations) -> None:
         self.target = target
         self.plan = plan
+        self.configurations = configurations
         self._kernels: dict[tuple[str, ...], Kernel] = {}
         self._primfuncs: dict[object, tirx.PrimFunc] = {}
 
@@ -94,15 +101,16 @@ class _Chooser:
     def _kernel(self, linear: LinearCall, graph: Graph) -> Kernel:
         records = tuple(_known(graph, weight) for weight in linear.weights)
         names = tuple(record.name for record in records)
-        rule, config = select(linear.spec, self.target)
+        rule, _ = select(linear.spec, self.target)
         kernel = self._kernels.get(names)
         if kernel is None:
-            kernel = Kernel(records, linear.spec, rule, config)
+            # One choice for all uses of the weights: their packed copy depends on it.
+            choice = self.configurations.choose(rule, linear.spec, self.target)
+            kernel = Kernel(records, linear.spec, rule, choice.config, choice.source, choice.detail)
             self._kernels[names] = kernel
             self.plan.kernels.append(kernel)
         elif (
             kernel.rule.name != rule.name
-            or kernel.config != config
             or kernel.spec.epilogue.gated != linear.spec.epilogue.gated
         ):
             raise CompileError(

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from gqsa_compiler.runtime.generation import Generation, Options, Timings
     from gqsa_compiler.runtime.manifest import Manifest
     from gqsa_compiler.runtime.model import Model, TextStream, load
+    from gqsa_compiler.runtime.module import Module, load_module
     from gqsa_compiler.runtime.sampling import SamplingOptions
 
 __all__ = [
@@ -26,6 +27,7 @@ __all__ = [
     "GqsaError",
     "Manifest",
     "Model",
+    "Module",
     "Options",
     "SamplingOptions",
     "Session",
@@ -33,6 +35,7 @@ __all__ = [
     "Timings",
     "UsageError",
     "load",
+    "load_module",
 ]
 
 _MODULES = {
@@ -41,6 +44,7 @@ _MODULES = {
     "GqsaError": "errors",
     "Manifest": "manifest",
     "Model": "model",
+    "Module": "module",
     "Options": "generation",
     "SamplingOptions": "sampling",
     "Session": "engine",
@@ -48,6 +52,7 @@ _MODULES = {
     "Timings": "generation",
     "UsageError": "errors",
     "load": "model",
+    "load_module": "module",
 }
 
 

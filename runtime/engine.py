@@ -6,6 +6,7 @@ for and pins nobody else's; and several threads of a program may use one session
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
@@ -14,13 +15,12 @@ import numpy as np
 
 from gqsa_compiler.runtime import cpus, library, params
 from gqsa_compiler.runtime._ffi import tvm_ffi
+from gqsa_compiler.runtime.devices import Device, MemorySum, fit_cache, out_of_memory
 from gqsa_compiler.runtime.errors import ArtefactError, UsageError
 from gqsa_compiler.runtime.manifest import SCORE_ROWS, Manifest
 from gqsa_compiler.runtime.workers import Workers
 
 T = TypeVar("T")
-
-_CPU, _POOLED_ALLOCATOR = 1, 2
 
 
 class Instrument(Protocol):
@@ -78,12 +78,25 @@ class Program:
         )
         # A typed view made by TVM itself: numpy has no bfloat16 to say it in.
         create_view = tvm_ffi.get_global_func("runtime.TVMTensorCreateView")
+        self.device = Device(self.variant.target.device_type)
         self.parameters = tvm_ffi.Array(
             [
-                create_view(_tensor(view), tvm_ffi.Shape(p.shape), tvm_ffi.dtype(p.dtype), 0)
+                self.device.upload(
+                    create_view(_tensor(view), tvm_ffi.Shape(p.shape), tvm_ffi.dtype(p.dtype), 0)
+                )
                 for view, p in zip(views, manifest.parameters, strict=True)
             ]
         )
+
+    def session(
+        self,
+        *,
+        threads: int | None = None,
+        context_length: int | None = None,
+        max_batch: int | None = None,
+    ) -> Session:
+        """Open a session; see `Session`."""
+        return Session(self, threads=threads, context_length=context_length, max_batch=max_batch)
 
 
 class Session:
@@ -98,7 +111,8 @@ class Session:
     context_length, max_batch : int, optional
         Tokens a sequence may have, and sequences at once; the artefact's own unless given. The
         cache reserves ``context_length * max_batch`` tokens of address space; memory is used as
-        sequences grow.
+        sequences grow. On a GPU memory is taken at once; what is left open becomes smaller if
+        not all fits what is free (`memory` has the sum).
 
     Raises
     ------
@@ -118,6 +132,10 @@ class Session:
         model = program.manifest.model
         self.context_length = _limit("context_length", context_length, model.context_length)
         self.max_batch = _limit("max_batch", max_batch, model.max_batch)
+        self._device = program.device
+        self.memory = self._fit(
+            program.manifest, fewer=max_batch is None, shorter=context_length is None
+        )
         self.vocab_size = model.vocab_size
         allowed = cpus.allowed_cpus()
         if threads is not None and not 1 <= threads <= len(allowed):
@@ -133,6 +151,7 @@ class Session:
         self._lengths: dict[int, int] = {}
         self._next = 0
         self._closed = False
+        self._left = deque[Callable[[], object]]()
         self._workers = Workers.share(allowed[: self.threads])
         try:
             self._on_thread(self._start, program.module, program.manifest.kv_cache.bytes_per_token)
@@ -143,7 +162,7 @@ class Session:
     def _start(self, module: Any, token_bytes: int) -> None:
         try:
             vm = module["vm_load_executable"]()
-            vm["vm_initialization"](_CPU, 0, _POOLED_ALLOCATOR)
+            vm["vm_initialization"](*self._device.vm_arguments)
             self._forward, self._hidden = vm["forward"], vm["hidden_states"]
             self._logits, create = vm["logits"], vm["create_kv_cache"]
         except AttributeError as error:
@@ -167,6 +186,17 @@ class Session:
         self._add, self._remove = state["add_sequence"], state["remove_sequence"]
         self._begin, self._end = state["begin_forward"], state["end_forward"]
 
+    def _fit(self, manifest: Manifest, *, fewer: bool, shorter: bool) -> MemorySum | None:
+        """Fit the limits into a GPU's memory; a CPU's pages are taken as they are used."""
+        free = self._device.free_bytes()
+        if free is None:
+            return None
+        found = fit_cache(
+            manifest, free, self.max_batch, self.context_length, fewer=fewer, shorter=shorter
+        )
+        self.max_batch, self.context_length = found.sequences, found.context
+        return found
+
     def add(self) -> int:
         """Open an empty sequence and return its number.
 
@@ -176,6 +206,8 @@ class Session:
             There are `max_batch` sequences already.
 
         """
+        if self._left:
+            self._on_thread(_nothing)
         if len(self._lengths) >= self.max_batch:
             raise UsageError(
                 f"The session holds {self.max_batch} sequences, all that max_batch allows; "
@@ -220,12 +252,21 @@ class Session:
             float32 [V], memory of TVM's, not copied.
 
         """
+        *_, logits = self.prefill_chunks(sequence, tokens)
+        assert logits is not None
+        return logits
+
+    def prefill_chunks(
+        self, sequence: int, tokens: Sequence[int] | np.ndarray
+    ) -> Iterator[np.ndarray | None]:
+        """Do the same a chunk at a time; yield None after each but the last, which has logits."""
         for chunk, last in self._chunks(sequence, tokens):
             if last:
                 rows = np.array([len(chunk) - 1], np.int32)
-                return self._pass([sequence], chunk, self._forward, rows)[0]
-            self._pass([sequence], chunk, self._hidden)
-        raise AssertionError("unreachable: _chunks refuses an empty prompt")
+                yield self._pass([sequence], chunk, self._forward, rows)[0]
+            else:
+                self._pass([sequence], chunk, self._hidden)
+                yield None
 
     def decode(self, sequences: Sequence[int], tokens: Sequence[int] | np.ndarray) -> np.ndarray:
         """Append one token to each of several sequences.
@@ -281,11 +322,13 @@ class Session:
             for chunk, _ in self._chunks(sequence, tokens):
                 hidden = self._pass([sequence], chunk, self._hidden)
                 for start in range(0, len(hidden), SCORE_ROWS):
-                    rows = _tensor(hidden[start : start + SCORE_ROWS])
-                    logits = self._on_thread(self._logits, rows, self._parameters)
-                    yield np.from_dlpack(logits)
+                    yield self._on_thread(self._score, hidden[start : start + SCORE_ROWS])
         finally:
             self.remove(sequence)
+
+    def _score(self, hidden: np.ndarray) -> np.ndarray:
+        rows = self._device.upload(_tensor(hidden))
+        return self._device.download(self._logits(rows, self._parameters))
 
     def run(self, function: Callable[..., T], *args: Any) -> T:
         """Call a function on the session's thread, where its passes run.
@@ -301,6 +344,14 @@ class Session:
 
         """
         return self._on_thread(function, *args)
+
+    def later(self, function: Callable[[], object]) -> None:
+        """Have a function called on the session's thread before its next call, if there is one.
+
+        For what ends when nobody wants it any more: unlike `run` it takes no lock and waits for
+        nothing, so a finaliser may use it anywhere.
+        """
+        self._left.append(function)
 
     def check_tokens(self, tokens: Sequence[int] | np.ndarray) -> np.ndarray:
         """Return token ids as int32 [n]: the compiled embedding would read whatever lies there.
@@ -355,7 +406,14 @@ class Session:
     def _on_thread(self, function: Callable[..., T], *args: Any) -> T:
         if self._closed:
             raise UsageError("The session is closed; load the artefact again.")
-        return self._workers.call(function, *args)
+        if self._workers.here:
+            return function(*args)
+        return self._workers.call(self._caught_up, function, args)
+
+    def _caught_up(self, function: Callable[..., T], args: tuple[Any, ...]) -> T:
+        while self._left:
+            self._left.popleft()()
+        return function(*args)
 
     def _pass(
         self,
@@ -384,8 +442,16 @@ class Session:
         lengths = tvm_ffi.Shape((each,) * len(sequences))
         self._begin(self._kv, tvm_ffi.Shape(sequences), lengths)
         try:
-            arguments = [_tensor(_aligned(array)) for array in (tokens, *rows)]
-            return np.from_dlpack(function(*arguments, self._kv, self._parameters))
+            upload = self._device.upload
+            arguments = [upload(_tensor(_aligned(array))) for array in (tokens, *rows)]
+            return self._device.download(function(*arguments, self._kv, self._parameters))
+        except Exception as error:
+            if self._device.is_cpu or not out_of_memory(error):
+                raise
+            raise UsageError(
+                f"GPU {self._device.index} is out of memory in the middle of a pass; ask for a "
+                "smaller context or batch, or end what else runs on it."
+            ) from None
         finally:
             self._end(self._kv)
 
@@ -403,6 +469,10 @@ class Session:
                 f"The prompt has {tokens} tokens and the context {self.context_length}; shorten "
                 "the prompt, or compile the model with a larger --context."
             )
+
+
+def _nothing() -> None:
+    pass
 
 
 def _limit(name: str, asked: int | None, most: int) -> int:

@@ -19,12 +19,20 @@ from typing import Any
 
 from gqsa_compiler.runtime.cpus import host_arch, host_flags
 from gqsa_compiler.runtime.errors import ArtefactError, UsageError
+from gqsa_compiler.runtime.gpus import CUDA, check_gpu, open_driver
 from gqsa_compiler.runtime.manifest import Manifest, Target, Variant
 
 RUNTIME_LIBRARIES = ("libtvm_runtime.so", "libtvm_runtime_extra.so")
 """TVM's runtime, in loading order."""
+CUDA_LIBRARY = "libtvm_runtime_cuda.so"
+"""What is loaded after these for a GPU; it needs `CUDA_RUNTIME` and the driver."""
+CUDA_RUNTIME = "libcudart.so.13"
 BUNDLE = "lib"
 """The artefact's folder that has them, if it brings its own."""
+SUMS = "SHA256SUMS"
+"""In that folder: the libraries' hashes, as sha256sum writes them."""
+PROGRAM = "gqsa-run"
+"""What a variant's library is called where the code is linked into the native program."""
 _CPU = 1
 _CPUINFO = Path("/proc/cpuinfo")
 # A function that only the second runtime library registers: its presence means both are loaded.
@@ -55,8 +63,27 @@ def check(directory: Path, manifest: Manifest, variant: Variant) -> list[Path]:
         Other versions, a missing file, or a library whose hash is wrong.
 
     """
-    libraries = find_runtime(directory, manifest)
     path = directory / variant.library.file
+    if variant.library.file == PROGRAM:
+        raise ArtefactError(f"The model's code is in a program of its own: run {path}.")
+    libraries = find_runtime(directory, manifest)
+    if variant.target.device_type == CUDA:
+        libraries.append(libraries[0].with_name(CUDA_LIBRARY))
+        if not libraries[-1].is_file():
+            raise ArtefactError(f"TVM's runtime is incomplete: there is no {libraries[-1]}.")
+    check_code(path, variant)
+    return libraries
+
+
+def check_code(path: Path, variant: Variant) -> None:
+    """Compare a variant's library with the manifest's hash of it.
+
+    Raises
+    ------
+    ArtefactError
+        It is missing or another.
+
+    """
     try:
         digest = hashlib.sha256(path.read_bytes()).hexdigest()
     except OSError:
@@ -66,7 +93,6 @@ def check(directory: Path, manifest: Manifest, variant: Variant) -> list[Path]:
             f"{path} is damaged: its SHA-256 is not the manifest's. "
             "Copy or compile the artefact again."
         )
-    return libraries
 
 
 def choose(manifest: Manifest, name: str | None = None, cpuinfo: Path = _CPUINFO) -> Variant:
@@ -114,18 +140,22 @@ def fits(target: Target, cpuinfo: Path = _CPUINFO) -> bool:
 
 
 def check_target(target: Target, cpuinfo: Path = _CPUINFO) -> None:
-    """Refuse code for another architecture, or for features this CPU lacks."""
-    if target.device_type != _CPU:
+    """Refuse code for another architecture, or for features this CPU or GPU lacks."""
+    if target.device_type not in (_CPU, CUDA):
         raise ArtefactError(
             f"This artefact was compiled for {target.name} ({target.kind}), which this release's "
             "runtime cannot drive; compile it again with --target cpu."
         )
-    machine = host_arch()
-    if machine != target.arch:
+    machine, on_gpu = host_arch(), target.device_type == CUDA
+    arch = target.triple.partition("-")[0] if on_gpu else target.arch
+    if machine != arch:
         raise ArtefactError(
-            f"This artefact was compiled for {target.name} ({target.arch}) and this machine is "
+            f"This artefact was compiled for {target.name} ({arch}) and this machine is "
             f"{machine}; compile it again here with --target cpu."
         )
+    if on_gpu:
+        check_gpu(target.name, target.flags, open_driver())
+        return
     have = host_flags(cpuinfo)
     if not have:
         return  # a system that does not tell: nothing to compare with
@@ -169,7 +199,21 @@ def find_runtime(directory: Path, manifest: Manifest) -> list[Path]:
     for path in paths:
         if not path.is_file():
             raise ArtefactError(f"TVM's runtime is incomplete: there is no {path}.")
+    if folder == bundle and (bundle / SUMS).is_file():  # a release before this one wrote none
+        _check_bundle(bundle)
     return paths
+
+
+def _check_bundle(bundle: Path) -> None:
+    """Compare a bundle's libraries with the hashes that it was made with."""
+    words = (bundle / SUMS).read_text(encoding="utf-8", errors="replace").split()
+    sums = dict(zip(words[1::2], words[::2], strict=False))
+    for name in RUNTIME_LIBRARIES:
+        if sums.get(name) != hashlib.sha256((bundle / name).read_bytes()).hexdigest():
+            raise ArtefactError(
+                f"{bundle / name} is damaged: its SHA-256 is not that in {SUMS}; copy the "
+                "artefact again."
+            )
 
 
 def check_ffi(wanted: str) -> None:
@@ -212,15 +256,41 @@ def load_executable(libraries: list[Path], library: Path, tvm_version: str) -> A
         _check_loaded(tvm_ffi.get_global_func(_VERSION, allow_missing=True), tvm_version)
     else:
         for path in libraries:
-            try:
-                ctypes.CDLL(str(path), ctypes.RTLD_GLOBAL)
-            except OSError as error:
-                raise ArtefactError(f"TVM's runtime cannot be loaded: {error}.") from None
+            if path.name in RUNTIME_LIBRARIES:
+                _load(path)
         tvm_ffi.register_global_func(_VERSION, lambda: tvm_version)
+    for path in libraries:
+        if path.name == CUDA_LIBRARY:
+            _load_cuda_runtime()
+            _load(path)
     try:
         return tvm_ffi.load_module(str(library))
     except Exception as error:
         raise ArtefactError(f"{library} cannot be loaded: {error}.") from None
+
+
+def _load(path: Path) -> None:
+    try:
+        ctypes.CDLL(str(path), ctypes.RTLD_GLOBAL)
+    except OSError as error:
+        raise ArtefactError(f"TVM's runtime cannot be loaded: {error}.") from None
+
+
+def _load_cuda_runtime() -> None:
+    """Load CUDA's own runtime: the system's, else that of the package ``nvidia-cuda-runtime``."""
+    places = [CUDA_RUNTIME]
+    package = importlib.util.find_spec("nvidia")
+    for folder in (package.submodule_search_locations or ()) if package else ():
+        places += [str(path) for path in sorted(Path(folder).glob(f"cu*/lib/{CUDA_RUNTIME}"))]
+    for place in places:
+        try:
+            ctypes.CDLL(place, ctypes.RTLD_GLOBAL)
+        except OSError:
+            continue
+        return
+    raise ArtefactError(
+        f"CUDA's runtime {CUDA_RUNTIME} is not here; install it (pip install nvidia-cuda-runtime)."
+    )
 
 
 def _check_loaded(ours: Callable[[], str] | None, wanted: str) -> None:

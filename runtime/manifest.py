@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import types
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, asdict, dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import Any, Union, get_args, get_origin, get_type_hints
@@ -17,6 +17,8 @@ from gqsa_compiler.runtime.errors import ArtefactError
 
 FORMAT = "gqsa-artefact"
 FORMAT_VERSION = 2
+MODULE_FORMAT = "gqsa-module"
+"""What `format` says in the manifest of a compiled module (`module_manifest.py`)."""
 MANIFEST_FILE = "manifest.json"
 _MOST_BYTES = 100_000_000  # of the file; a model of 1000 layers takes 3 MB
 _MOST_VARIANTS = 64
@@ -169,6 +171,11 @@ class Manifest:
             Another format or format version, a missing or unknown key, a value of a wrong type.
 
         """
+        if isinstance(data, Mapping) and data.get("format") == MODULE_FORMAT:
+            raise ArtefactError(
+                f"{where} is the manifest of a module, not of a language model; load it with "
+                "gqsa_compiler.runtime.load_module."
+            )
         if not isinstance(data, Mapping) or data.get("format") != FORMAT:
             raise ArtefactError(f"{where} is not the manifest of a GQSA artefact.")
         version = data.get("format_version")
@@ -181,13 +188,13 @@ class Manifest:
         if version == 1 and "variants" not in body:
             # Version 1 had the keys of the one variant at the top.
             body["variants"] = [{k: body.pop(k) for k in ("target", "library") if k in body}]
-        manifest: Manifest = _decode(cls, body, where, "")
+        manifest: Manifest = decode(cls, body, where)
         manifest._check(where)
         return manifest
 
     def to_dict(self) -> dict[str, Any]:
         """Return the JSON document: plain dictionaries, lists, strings and numbers."""
-        return {"format": FORMAT, "format_version": FORMAT_VERSION, **_plain(asdict(self))}
+        return {"format": FORMAT, "format_version": FORMAT_VERSION, **plain(asdict(self))}
 
     @classmethod
     def read(cls, directory: str | Path) -> Manifest:
@@ -199,23 +206,7 @@ class Manifest:
             There is no such directory or manifest, or `from_dict` refuses it.
 
         """
-        path = Path(directory) / MANIFEST_FILE
-        if not path.parent.is_dir():
-            raise ArtefactError(f"There is no artefact at {directory}: no such directory.")
-        try:
-            size = path.stat().st_size
-            if size > _MOST_BYTES:
-                raise ValueError(f"it has {size} bytes, and at most {_MOST_BYTES} are read")
-            text = path.read_text(encoding="utf-8")
-            data = json.loads(text, object_pairs_hook=_distinct)
-        except FileNotFoundError:
-            raise ArtefactError(
-                f"{directory} is not a compiled artefact: it has no {MANIFEST_FILE}. "
-                "Make one with gqsa-compile."
-            ) from None
-        except (OSError, ValueError, RecursionError) as error:
-            raise ArtefactError(f"{path} cannot be read: {error}.") from None
-        return cls.from_dict(data, str(path))
+        return cls.from_dict(read_document(directory), str(Path(directory) / MANIFEST_FILE))
 
     def write(self, directory: str | Path) -> None:
         """Write `manifest.json` into an existing directory."""
@@ -223,18 +214,7 @@ class Manifest:
         (Path(directory) / MANIFEST_FILE).write_text(text + "\n", encoding="utf-8")
 
     def _check(self, where: str) -> None:
-        if not 1 <= len(self.variants) <= _MOST_VARIANTS:
-            raise ArtefactError(
-                f"{where} lists {len(self.variants)} variants; 1 to {_MOST_VARIANTS} are allowed."
-            )
-        files = [v.library.file for v in self.variants]
-        for values in ([v.target.name for v in self.variants], [*files, self.parameters_file]):
-            twice = [value for value in values if values.count(value) > 1]
-            if twice:
-                raise ArtefactError(f"{where} names {twice[0]!r} twice.")
-        for name in (*files, self.parameters_file):
-            if name in ("", ".", "..") or "/" in name or "\\" in name or "\0" in name:
-                raise ArtefactError(f"{where} names the file {name!r}, which is not a plain name.")
+        check_files(self.variants, self.parameters_file, self.parameters, where)
         model, cache = self.model, self.kv_cache
         # Beyond any model, and small enough for what TVM computes of them in 32 and 64 bits.
         bounded = {
@@ -260,14 +240,70 @@ class Manifest:
                 f"{where}: model.max_batch is {model.max_batch} and must be at most "
                 f"model.prefill_chunk, which is {model.prefill_chunk}; compile the model again."
             )
-        if len({p.name for p in self.parameters}) != len(self.parameters):
-            raise ArtefactError(f"{where} lists a parameter twice.")
         # The embedding has a row for every token, and is read without a check.
         if not any(model.vocab_size in p.shape for p in self.parameters):
             raise ArtefactError(
                 f"{where}: model.vocab_size is {model.vocab_size}, and no parameter has that many "
                 "rows; copy or compile the artefact again."
             )
+
+
+def read_document(directory: str | Path) -> Any:
+    """Read the JSON of `manifest.json` in an artefact directory.
+
+    Raises
+    ------
+    ArtefactError
+        There is no such directory or manifest, or it is no JSON.
+
+    """
+    path = Path(directory) / MANIFEST_FILE
+    if not path.parent.is_dir():
+        raise ArtefactError(f"There is no artefact at {directory}: no such directory.")
+    try:
+        size = path.stat().st_size
+        if size > _MOST_BYTES:
+            raise ValueError(f"it has {size} bytes, and at most {_MOST_BYTES} are read")
+        text = path.read_text(encoding="utf-8")
+        data = json.loads(text, object_pairs_hook=_distinct)
+    except FileNotFoundError:
+        raise ArtefactError(
+            f"{directory} is not a compiled artefact: it has no {MANIFEST_FILE}. "
+            "Make one with gqsa-compile."
+        ) from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise ArtefactError(f"{path} cannot be read: {error}.") from None
+    return data
+
+
+def check_files(
+    variants: Sequence[Variant],
+    parameters_file: str,
+    parameters: Sequence[Parameter],
+    where: str,
+) -> None:
+    """Check what a manifest says of its files: plain names, none twice, and no parameter twice.
+
+    Raises
+    ------
+    ArtefactError
+        It does not hold.
+
+    """
+    if not 1 <= len(variants) <= _MOST_VARIANTS:
+        raise ArtefactError(
+            f"{where} lists {len(variants)} variants; 1 to {_MOST_VARIANTS} are allowed."
+        )
+    files = [v.library.file for v in variants]
+    for values in ([v.target.name for v in variants], [*files, parameters_file]):
+        twice = [value for value in values if values.count(value) > 1]
+        if twice:
+            raise ArtefactError(f"{where} names {twice[0]!r} twice.")
+    for name in (*files, parameters_file):
+        if name in ("", ".", "..") or "/" in name or "\\" in name or "\0" in name:
+            raise ArtefactError(f"{where} names the file {name!r}, which is not a plain name.")
+    if len({p.name for p in parameters}) != len(parameters):
+        raise ArtefactError(f"{where} lists a parameter twice.")
 
 
 def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -277,6 +313,18 @@ def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         keys = [key for key, _ in pairs]
         raise ValueError(f"the key {next(k for k in keys if keys.count(k) > 1)!r} stands twice")
     return found
+
+
+def decode(kind: Any, value: Any, where: str) -> Any:
+    """Check a JSON document against a schema of dataclasses and build it.
+
+    Raises
+    ------
+    ArtefactError
+        A missing or unknown key, or a value of a wrong type.
+
+    """
+    return _decode(kind, value, where, "")
 
 
 def _decode(kind: Any, value: Any, where: str, key: str) -> Any:
@@ -311,7 +359,8 @@ def _decode_record(kind: Any, value: Mapping[str, Any], where: str, key: str) ->
     return kind(**{k: _decode(hints[k], v, where, prefix + k) for k, v in value.items()})
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
+    """Return plain dictionaries and lists of what `asdict` gives."""
     if isinstance(value, Mapping):
-        return {k: _plain(v) for k, v in value.items()}
-    return [_plain(v) for v in value] if isinstance(value, (list, tuple)) else value
+        return {k: plain(v) for k, v in value.items()}
+    return [plain(v) for v in value] if isinstance(value, (list, tuple)) else value

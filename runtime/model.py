@@ -13,9 +13,11 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import numpy as np
 
 from gqsa_compiler.runtime.chat import ChatTemplate, load_template, special_tokens
+from gqsa_compiler.runtime.devices import Device, MemorySum
 from gqsa_compiler.runtime.engine import Program, Session
 from gqsa_compiler.runtime.errors import ArtefactError, UsageError
 from gqsa_compiler.runtime.generation import Generation, Options, Request
+from gqsa_compiler.runtime.generation_config import GENERATION_CONFIG, check_generation_config
 from gqsa_compiler.runtime.manifest import Manifest
 from gqsa_compiler.runtime.tokens import load_tokenizer
 
@@ -90,14 +92,15 @@ class Model:
         self.manifest = program.manifest
         self.tokenizer = load_tokenizer(directory)
         tokenizer_config = _read_json(directory / "tokenizer_config.json")
-        self.generation_config = _read_json(directory / "generation_config.json")
+        self.generation_config = _read_json(directory / GENERATION_CONFIG)
+        check_generation_config(self.generation_config, directory / GENERATION_CONFIG)
         self.chat_template = load_template(directory, tokenizer_config)
         self.eos_token_ids = self._eos(tokenizer_config)
         added = self.tokenizer.get_added_tokens_decoder().values()
         self._special = frozenset(token.content for token in added if token.special)
         self._program = program
-        self._session = Session(
-            program, threads=threads, context_length=context_length, max_batch=max_batch
+        self._session = program.session(
+            threads=threads, context_length=context_length, max_batch=max_batch
         )
 
     def generate(self, prompt: str | Sequence[int], **options: Unpack[Options]) -> Generation:
@@ -219,14 +222,24 @@ class Model:
         max_batch: int | None = None,
     ) -> Session:
         """Open a session of one's own: the passes and the cache, without text and sampling."""
-        return Session(
-            self._program, threads=threads, context_length=context_length, max_batch=max_batch
+        return self._program.session(
+            threads=threads, context_length=context_length, max_batch=max_batch
         )
 
     @property
     def variant(self) -> str:
         """Target name of the code that runs."""
         return self._program.variant.target.name
+
+    @property
+    def device(self) -> Device:
+        """Where the code runs."""
+        return self._program.device
+
+    @property
+    def memory(self) -> MemorySum | None:
+        """What is taken of a GPU's memory; None on a CPU."""
+        return self._session.memory
 
     @property
     def context_length(self) -> int:
@@ -291,10 +304,8 @@ class Model:
                 if not pieces:
                     return
         finally:
-            if session.closed:
-                steps.close()
-            else:
-                session.run(steps.close)
+            # Not now: a finaliser may have come here, and a step may be under way after Ctrl-C.
+            session.later(steps.close)
 
     def _steps(self, requests: Sequence[Request]) -> Generator[tuple[Request, str], None, None]:
         """Advance requests together, starting a waiting one wherever one has finished."""
@@ -307,8 +318,8 @@ class Model:
                     request.start()
                     request.sequence = session.add()
                     running.append(request)
-                    logits = session.prefill(request.sequence, request.prompt)
-                    yield request, request.accept(logits)
+                    for logits in session.prefill_chunks(request.sequence, request.prompt):
+                        yield request, "" if logits is None else request.accept(logits)
                     running = self._retire(running)
                 if running:
                     tokens = [request.token_ids[-1] for request in running]
@@ -339,7 +350,10 @@ class Model:
 
 
 def _for_a_while(steps: Iterator[T]) -> tuple[list[T], Exception | None]:
-    """Take steps until `_SLICE` is over; one at least, none if there are no more."""
+    """Take steps until `_SLICE` is over; one at least, none if there are no more.
+
+    A step is a token of all sequences, or a chunk of a prompt.
+    """
     pieces: list[T] = []
     end = time.monotonic() + _SLICE
     try:
@@ -358,9 +372,13 @@ class TextStream(Iterator[str]):
     def __init__(self, request: Request, pieces: Iterator[str]) -> None:
         self._request = request
         self._pieces = pieces
+        self._ended = False
 
     def __next__(self) -> str:
-        return next(self._pieces)
+        for piece in self._pieces:
+            return piece
+        self._ended = True
+        raise StopIteration
 
     @property
     def result(self) -> Generation:
@@ -372,7 +390,7 @@ class TextStream(Iterator[str]):
             The stream has not been read to its end.
 
         """
-        if self._request.finish_reason is None:
+        if not self._ended:
             raise UsageError("The stream has not ended; read all its pieces before its result.")
         return self._request.result()
 
@@ -380,11 +398,16 @@ class TextStream(Iterator[str]):
 def _read_json(path: Path) -> dict[str, Any]:
     """Read an optional file of settings; empty where there is none."""
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
+        data = json.loads(path.read_text(encoding="utf-8"), parse_constant=_no_number)
     except FileNotFoundError:
         return {}
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ArtefactError(f"{path} cannot be read: {error}.") from None
     if not isinstance(data, dict):
         raise ArtefactError(f"{path} should hold one JSON object.")
     return data
+
+
+def _no_number(name: str) -> float:
+    """Refuse NaN and Infinity, which are no JSON."""
+    raise ValueError(f"{name} is not JSON")

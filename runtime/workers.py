@@ -59,10 +59,13 @@ class Workers:
                 del _pools[key]
         self._executor.shutdown()
 
+    @property
+    def here(self) -> bool:
+        """Whether this is the thread."""
+        return threading.get_ident() == self._thread
+
     def call(self, function: Callable[..., T], *args: Any) -> T:
-        """Call a function on the thread and wait for it; on the thread itself, just call it."""
-        if threading.get_ident() == self._thread:
-            return function(*args)
+        """Call a function on the thread, from another one, and wait for it."""
         return self._executor.submit(function, *args).result()
 
 

@@ -13,7 +13,8 @@ module together with the function that creates the object. What was tried and fa
   mode NONE.
 - The runtime has one dtype for pages, q, k, v and attention's output. Only the kernels know that
   a cache is float16; see `schedules/generic/kv_pages.py`. What reads pages without a kernel of ours
-  (export and import of a sequence's pages) would take them for float32.
+  (export and import of a sequence's pages) would take them for float32. On a GPU the memory that
+  this leaves untouched would be taken all the same, so there q, k, v and the output are float16.
 - Token trees (speculative decoding) are not supported: their two kernels are left out, which
   the runtime reports when asked for them.
 """
@@ -26,12 +27,15 @@ from typing import Any, Literal, get_args
 
 from gqsa_compiler._tvm import PyExprMutator, StringImm, mutator, relax, tirx, tvm
 from gqsa_compiler.errors import CompileError
-from gqsa_compiler.schedules.generic import kv_cache as kernels
+from gqsa_compiler.schedules.cuda import attention_decode as cuda_decode
+from gqsa_compiler.schedules.cuda import attention_prefill as cuda_prefill
+from gqsa_compiler.schedules.cuda import kv_cache as cuda_kernels
+from gqsa_compiler.schedules.generic import kv_cache as generic_kernels
 from gqsa_compiler.schedules.generic.attention_common import AttentionShape
 from gqsa_compiler.schedules.generic.attention_decode import attention_decode
 from gqsa_compiler.schedules.generic.attention_prefill import attention_prefill
 from gqsa_compiler.schedules.generic.config import has_native_half
-from gqsa_compiler.schedules.generic.emit import vector_lanes
+from gqsa_compiler.schedules.generic.emit import HALF_MAX, vector_lanes
 from gqsa_compiler.targets import TargetSpec
 
 AttentionKind = Literal["mha", "mha_sliding"]
@@ -101,11 +105,12 @@ class KVCacheSpec:
 
 @mutator
 class _MarkSliding(PyExprMutator):
-    """Negate ``sm_scale`` where a layer has a sliding window."""
+    """Negate ``sm_scale`` where a layer has a sliding window; convert to halves if asked."""
 
-    def __init__(self, mod: Any, spec: KVCacheSpec) -> None:
+    def __init__(self, mod: Any, spec: KVCacheSpec, halves: bool) -> None:
         super().__init__(mod)
         self.spec = spec
+        self.halves = halves
 
     def visit_call_(self, call: Any) -> Any:
         call = super().visit_call_(call)
@@ -124,10 +129,22 @@ class _MarkSliding(PyExprMutator):
             )
         if _value(scale) <= 0:
             raise CompileError(f"Layer {number}: sm_scale of attention must be positive.")
-        if self.spec.attn_kinds[number] == "mha":
-            return call
-        arguments = relax.Tuple([cache, layer, relax.prim_value(-_value(scale)), qkv])
-        return relax.Call(call.op, [call.args[0], arguments], call.attrs, call.ty_args, call.span)
+        if self.spec.attn_kinds[number] == "mha_sliding":
+            scale = relax.prim_value(-_value(scale))
+        if not self.halves:
+            arguments = relax.Tuple([cache, layer, scale, qkv])
+            return relax.Call(
+                call.op, [call.args[0], arguments], call.attrs, call.ty_args, call.span
+            )
+        # What is beyond a half's range becomes its limit, as on a CPU.
+        limits = (relax.prim_value(-HALF_MAX), relax.prim_value(HALF_MAX))
+        qkv = self.builder_.emit(relax.op.clip(qkv, *limits))
+        qkv = self.builder_.emit(relax.op.astype(qkv, "float16"))
+        (made,) = call.ty_args
+        out = relax.TensorType(made.shape, "float16")
+        arguments = relax.Tuple([cache, layer, scale, qkv])
+        done = relax.Call(call.op, [call.args[0], arguments], call.attrs, [out], call.span)
+        return relax.op.astype(self.builder_.emit(done), made.dtype)
 
 
 def _value(expr: Any) -> float:
@@ -145,7 +162,7 @@ def attach_kv_cache(mod: Any, spec: KVCacheSpec, target: TargetSpec) -> Any:
         `tvm.relax.frontend.nn.llm`.
     spec : KVCacheSpec
     target : TargetSpec
-        Any LLVM target.
+        A GPU's cache has to be float16.
 
     Returns
     -------
@@ -161,7 +178,13 @@ def attach_kv_cache(mod: Any, spec: KVCacheSpec, target: TargetSpec) -> Any:
     """
     if CREATE in [var.name_hint for var in mod.get_global_vars()]:
         raise CompileError(f"The module already has a function {CREATE}.")
-    marker = _MarkSliding(mod, spec)
+    on_gpu = target.kind == "cuda"
+    if on_gpu and spec.dtype != "float16":
+        raise CompileError(
+            f"On a GPU keys and values are kept in float16, not in {spec.dtype}; "
+            "choose --kv-cache float16."
+        )
+    marker = _MarkSliding(mod, spec, on_gpu)
     for var, function in mod.functions.items():
         if isinstance(function, relax.Function):
             marker.builder_.update_func(var, marker.visit_expr(function))
@@ -196,6 +219,11 @@ def _arguments(
         native_half=has_native_half(target),
     )
 
+    on_gpu = target.kind == "cuda"
+    kernels: Any = cuda_kernels if on_gpu else generic_kernels
+    prefill: Any = cuda_prefill.attention_prefill if on_gpu else attention_prefill
+    decode: Any = cuda_decode.attention_decode if on_gpu else attention_decode
+
     def add(name: str, function: Any) -> Any:
         return builder.add_func(function.with_attr("global_symbol", name), name)
 
@@ -217,12 +245,13 @@ def _arguments(
         number(1.0),
         number(10000.0),
         number(0),  # RoPE factors; a tensor would be taken for some
-        relax.op.zeros((), "float32"),  # a float16 cache too, see generic/kv_pages.py
+        # Of a float16 cache too on a CPU, see generic/kv_pages.py.
+        relax.op.zeros((), "float16" if on_gpu else "float32"),
         add("kv_cache_append", kernels.append_kv(shape)),
         number(0),  # append for MLA
-        backend("attention_prefill_ragged", attention_prefill(shape, paged=False)),
-        backend("attention_prefill_paged", attention_prefill(shape, paged=True)),
-        backend("attention_decode_paged", attention_decode(shape)),
+        backend("attention_prefill_ragged", prefill(shape, paged=False)),
+        backend("attention_prefill_paged", prefill(shape, paged=True)),
+        backend("attention_decode_paged", decode(shape)),
         none,  # prefill of mha_sliding
         none,  # decode of mha_sliding
         none,  # token trees over pages

@@ -6,6 +6,10 @@ from collections.abc import Sequence
 from typing import Any
 
 from gqsa_compiler.errors import CompileError, UsageError
+from gqsa_compiler.schedules.arm.bsr import ArmBsrInt2, ArmBsrInt4, ArmBsrInt8
+from gqsa_compiler.schedules.cuda.bsr import CudaBsrInt4
+from gqsa_compiler.schedules.cuda.bsr_int8 import CudaBsrInt8
+from gqsa_compiler.schedules.cuda.dense import CudaDense
 from gqsa_compiler.schedules.generic.bsr import GenericBsrInt2, GenericBsrInt4, GenericBsrInt8
 from gqsa_compiler.schedules.generic.dense import GenericDense
 from gqsa_compiler.schedules.rule import KernelConfig, ScheduleRule
@@ -15,21 +19,17 @@ from gqsa_compiler.targets import TargetSpec
 
 
 def rules_for(target: TargetSpec) -> tuple[ScheduleRule[Any], ...]:
-    """List a target's rules, most special first; the generic ones are last and always apply.
+    """List a target's rules, most special first.
 
-    Raises
-    ------
-    CompileError
-        There are no kernels for the target's code generator.
+    On a CPU the generic ones are last and always apply; a GPU has none such.
     """
-    if target.kind != "llvm":
-        raise CompileError(
-            f"There are no kernels for target {target.name} (code generator {target.kind}); "
-            "choose a CPU target."
-        )
+    if target.kind == "cuda":
+        return (CudaBsrInt4(), CudaBsrInt8(), CudaDense())
     rules: tuple[ScheduleRule[Any], ...] = ()
     if _x86(target):
         rules = (X86BsrInt2(), X86BsrInt4(), X86BsrInt8())
+    elif target.arch == "aarch64":
+        rules = (ArmBsrInt2(), ArmBsrInt4(), ArmBsrInt8())
     return (*rules, GenericBsrInt2(), GenericBsrInt4(), GenericBsrInt8(), GenericDense())
 
 
@@ -37,9 +37,11 @@ def default_activations(target: TargetSpec) -> ActivationDtype:
     """Return what compressed layers' inputs are rounded to unless something else is asked for.
 
     16-bit integers lose next to nothing (7e-4 of SmolLM2-135M's logits), so they are taken where
-    there are kernels for them.
+    there are kernels for them. On GPUs halves, which prompts need for tensor cores.
     """
-    return "int16" if _x86(target) else "float32"
+    if target.kind == "cuda":
+        return "float16"
+    return "int16" if _sixteen(target) else "float32"
 
 
 def check_activations(dtype: ActivationDtype, target: TargetSpec) -> None:
@@ -50,10 +52,22 @@ def check_activations(dtype: ActivationDtype, target: TargetSpec) -> None:
     UsageError
         They cannot.
     """
-    if dtype == "int16" and not _x86(target):
+    if target.kind == "cuda":
+        if dtype not in ("int16", "float16"):
+            raise UsageError(
+                f"There are no kernels with {dtype} activations for target {target.name}; choose "
+                "int16 or float16."
+            )
+        return
+    if dtype == "float16":
+        raise UsageError(
+            f"There are no kernels with float16 activations for target {target.name}, only for "
+            "GPUs; choose float32, int16 or int8."
+        )
+    if dtype == "int16" and not _sixteen(target):
         raise UsageError(
             f"There are no kernels with int16 activations for target {target.name}; they need an "
-            "x86-64 with AVX2. Choose float32 or int8."
+            "x86-64 with AVX2 or a 64-bit Arm. Choose float32 or int8."
         )
 
 
@@ -77,6 +91,10 @@ def check_shared_weights(dtype: ActivationDtype, targets: Sequence[TargetSpec]) 
 
 def _x86(target: TargetSpec) -> bool:
     return "avx2" in target.features
+
+
+def _sixteen(target: TargetSpec) -> bool:
+    return _x86(target) or target.arch == "aarch64"
 
 
 def select(spec: LinearSpec, target: TargetSpec) -> tuple[ScheduleRule[Any], KernelConfig]:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from gqsa_compiler.errors import UsageError
+from gqsa_compiler.errors import ArtefactError, UsageError
 from gqsa_compiler.targets import (
     TARGET_NAMES,
     TargetSpec,
@@ -86,8 +86,9 @@ def test_cpu_on_x86(flags: str, level: str, features: str, bits: int, tmp_path: 
 @pytest.mark.parametrize(
     ("flags", "features", "required"),
     [
-        (ARM, ("dotprod", "neon"), ("asimd", "asimddp")),
+        (ARM, ("bf16", "dotprod", "i8mm", "neon"), ("asimd", "asimddp", "bf16", "i8mm")),
         ("fp asimd crc32", ("neon",), ("asimd",)),
+        ("fp asimd asimddp", ("dotprod", "neon"), ("asimd", "asimddp")),
     ],
 )
 def test_cpu_on_arm(
@@ -129,6 +130,8 @@ def test_every_name_parses(name: str) -> None:
     assert target.name == name
     assert target.required_flags == tuple(sorted(set(target.required_flags)))
     described = target.tvm_dict()
+    if target.kind == "cuda":
+        return
     assert (described["kind"], described["mcpu"]) == ("llvm", target.cpu)
     assert described["mattr"] == [f"+{feature}" for feature in target.features]
     assert described["mtriple"].startswith(target.arch)
@@ -143,7 +146,13 @@ def test_parse_cpu_is_this_machine() -> None:
 
 def test_arm_levels() -> None:
     assert parse_target("aarch64").required_flags == ("asimd", "asimddp")
-    assert parse_target("aarch64-i8mm").required_flags == ("asimd", "asimddp", "i8mm")
+    matrix = ("asimd", "asimddp", "bf16", "i8mm")
+    assert parse_target("aarch64-i8mm").required_flags == matrix
+    assert parse_target("aarch64:neoverse-v2").required_flags == matrix
+    assert parse_target("aarch64:cortex-a76").required_flags == ("asimd", "asimddp")
+    assert parse_target("aarch64:cortex-a72").required_flags == ("asimd",)
+    with pytest.raises(UsageError, match="Unknown target 'aarch64:cortex-m0'"):
+        parse_target("aarch64:cortex-m0")
 
 
 @pytest.mark.parametrize(("said", "arch"), [("AMD64", "x86_64"), ("arm64", "aarch64")])
@@ -187,3 +196,59 @@ def test_two_names_of_one_machine(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(UsageError, match="x86-64-v3 and cpu mean the same code here"):
         parse_targets("x86-64-v3,cpu")
     assert [target.name for target in parse_targets("cpu,x86-64-v4")] == ["x86-64-v4", "cpu"]
+
+
+class Gpu:
+    """A driver with one GPU of a compute capability."""
+
+    def __init__(self, major: int, minor: int) -> None:
+        self.found = major, minor
+
+    def capability(self, device: int) -> tuple[int, int]:
+        """Return what the GPU has."""
+        return self.found
+
+
+def test_named_gpus() -> None:
+    target = parse_target("cuda:sm_90")
+    assert (target.kind, target.arch, target.required_flags) == ("cuda", "sm_90", ("sm_90",))
+    assert (target.machine, target.device_type) == (host_arch(), 2)
+    described = target.tvm_dict()
+    assert (described["arch"], described["max_shared_memory_per_block"]) == ("sm_90", 227 * 1024)
+    assert described["host"]["mtriple"] == f"{host_arch()}-linux-gnu"
+    with pytest.raises(
+        UsageError, match=r"Unknown target .cuda:sm_70.; choose one of .* cuda:sm_80"
+    ):
+        parse_target("cuda:sm_70")
+    with pytest.raises(UsageError, match="cuda:sm_80 and cuda:sm_90 are different architectures"):
+        parse_targets("cuda:sm_80,cuda:sm_90")
+
+
+@pytest.mark.parametrize(
+    ("capability", "arch", "features"),
+    [
+        ((9, 0), "sm_90", ()),
+        ((8, 7), "sm_86", ("compute_86",)),
+        ((12, 0), "sm_90", ("compute_90",)),
+    ],
+)
+def test_the_gpu_that_is_here(
+    capability: tuple[int, int],
+    arch: str,
+    features: tuple[str, ...],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("gqsa_compiler.targets.open_driver", lambda: Gpu(*capability))
+    target = parse_target("cuda")
+    assert (target.arch, target.features) == (arch, features)
+
+
+def test_without_a_gpu_code_for_all_later_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    def none() -> Gpu:
+        raise ArtefactError("no driver")
+
+    monkeypatch.setattr("gqsa_compiler.targets.open_driver", none)
+    assert parse_target("cuda").required_flags == ("compute_80", "sm_80")
+    monkeypatch.setattr("gqsa_compiler.targets.open_driver", lambda: Gpu(7, 5))
+    with pytest.raises(UsageError, match=r"compute capability 7\.5, and the kernels need 8"):
+        parse_target("cuda")

@@ -24,6 +24,7 @@ def make_checkpoint(
     group_size: int = 16,
     bits: int = 4,
     per_layer: Mapping[str, LayerScheme] | None = None,
+    head: LayerScheme | None = None,
 ) -> Path:
     """Compress a dense model into a GQSA checkpoint.
 
@@ -38,6 +39,8 @@ def make_checkpoint(
     group_size, bits : int
     per_layer : mapping of str to LayerScheme, optional
         Layers with a scheme of their own.
+    head : LayerScheme, optional
+        Compresses the head, which then is no embedding any more.
 
     Returns
     -------
@@ -45,27 +48,37 @@ def make_checkpoint(
         `directory`.
     """
     source = resolve(str(model))
+    layers = dict(per_layer or {})
+    fields = source.config
+    weights = {name: name for name in source.tensor_names()}
+    if head is not None:
+        layers["lm_head"] = head
+        fields = {**fields, "tie_word_embeddings": False}
+        embedding = next(name for name in weights if name.endswith("embed_tokens.weight"))
+        weights.setdefault("lm_head.weight", embedding)
     config = QuantizationConfig(
         bits=bits,
         group_size=group_size,
         ratio=sparsity,
-        ignore=("lm_head",),
+        ignore=("lm_head",) if head is None else (),
         producer="tests",
-        per_layer=per_layer or {},
+        per_layer=layers,
     )
-    with CheckpointWriter(directory, source.config, config) as writer:
-        for name in source.tensor_names():
-            array = source.tensor(name)
-            if ".layers." in name and array.ndim == 2 and name.endswith(".weight"):
+    with CheckpointWriter(directory, fields, config) as writer:
+        for name, stored in weights.items():
+            array = source.tensor(stored)
+            linear = ".layers." in name and array.ndim == 2 and name.endswith(".weight")
+            if linear or (head is not None and name == "lm_head.weight"):
                 weight = array.astype(np.float32)
                 scheme = config.scheme(name.removesuffix(".weight"))
                 size = scheme.group_size
                 norms = np.square(weight.reshape(len(weight), -1, size)).sum(-1)
+                least = np.quantile(norms, scheme.ratio) if scheme.ratio else -1.0
                 layer = from_dense(
                     name.removesuffix(".weight"),
                     weight,
                     size,
-                    norms > np.quantile(norms, scheme.ratio),
+                    norms > least,
                     symmetric=scheme.symmetric,
                     bits=scheme.bits,
                 )

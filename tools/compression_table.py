@@ -33,6 +33,8 @@ def compress(recipe: str, arguments: argparse.Namespace) -> dict[str, Any]:
     settings = place.with_suffix(".yaml")
     settings.write_text(
         f"base: {recipe}\n"
+        # All with one head: what is compared is the blocks.
+        "head: null\n"
         f"block: {{epochs: {arguments.block_epochs}, samples: {arguments.block_samples}}}\n"
         f"weights: {{epochs: {arguments.weight_epochs}}}\n"
         f"scales: {{epochs: {arguments.scale_epochs}}}\n",

@@ -20,22 +20,24 @@ _LLAMA: Mapping[str, Any] = {
     "bos_token_id": 1,
     "eos_token_id": 2,
 }
+_LLAMA_1B: Mapping[str, Any] = {
+    **_LLAMA,
+    "vocab_size": 128256,
+    "hidden_size": 2048,
+    "intermediate_size": 8192,
+    "num_hidden_layers": 16,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "head_dim": 64,
+    "max_position_embeddings": 131072,
+    "rope_theta": 500000.0,
+    "tie_word_embeddings": True,
+}
 SHAPES: Mapping[str, Mapping[str, Any]] = MappingProxyType(
     {
-        # Llama 3.2's own vocabulary has 128256 entries; 32000 keep the head from hiding the layers.
-        "llama-3.2-1b": {
-            **_LLAMA,
-            "vocab_size": 32000,
-            "hidden_size": 2048,
-            "intermediate_size": 8192,
-            "num_hidden_layers": 16,
-            "num_attention_heads": 32,
-            "num_key_value_heads": 8,
-            "head_dim": 64,
-            "max_position_embeddings": 131072,
-            "rope_theta": 500000.0,
-            "tie_word_embeddings": True,
-        },
+        "llama-3.2-1b": _LLAMA_1B,
+        # With a vocabulary that keeps the head from hiding the layers.
+        "llama-3.2-1b-32k": {**_LLAMA_1B, "vocab_size": 32000},
         "llama-2-7b": {
             **_LLAMA,
             "vocab_size": 32000,

@@ -5,6 +5,7 @@ as pruning by size leaves them, and signals keep their size from layer to layer.
 
     python tools/random_checkpoint.py llama-3.2-1b -o out/1b-s50g16 --sparsity 0.5
     python tools/random_checkpoint.py path/to/config.json -o out/mine --bits 3 --group-size 32
+    python tools/random_checkpoint.py llama-3.2-1b -o out/1b-head4 --head-bits 4 --head-group 32
 """
 
 from __future__ import annotations
@@ -22,7 +23,13 @@ import numpy as np
 import numpy.typing as npt
 from model_shapes import SHAPES, shape_config
 
-from gqsa_compiler.checkpoint import BSRLayer, CheckpointWriter, QuantizationConfig, pack_codes
+from gqsa_compiler.checkpoint import (
+    BSRLayer,
+    CheckpointWriter,
+    LayerScheme,
+    QuantizationConfig,
+    pack_codes,
+)
 from gqsa_compiler.compress.counts import kept_groups
 from gqsa_compiler.errors import GqsaError, UsageError
 from gqsa_compiler.frontends.tokenizer import save_directory_tokenizer
@@ -36,6 +43,7 @@ from gqsa_compiler.units import bytes_text
 _ROW_SPREAD, _COLUMN_SPREAD, _GROUP_SPREAD = 0.15, 0.03, 0.2
 _VALUES_AT_ONCE = 1 << 24
 _BYTE_TOKENS = 256
+_HEAD = "lm_head"
 
 
 @dataclass(frozen=True)
@@ -60,9 +68,13 @@ def tensor_shapes(config: Mapping[str, Any]) -> list[NamedShape]:
     return list(record.tensors(record.config.from_dict(config)))
 
 
-def is_compressed(name: str, shape: tuple[int, ...]) -> bool:
-    """Whether a weight is a linear layer of a decoder block: those are what gqsa compresses."""
-    return ".layers." in name and len(shape) == 2
+def layer_scheme(
+    name: str, shape: tuple[int, ...], scheme: Scheme, head: Scheme | None = None
+) -> Scheme | None:
+    """Return what becomes of a weight; None if it is neither a block's linear layer nor a head."""
+    if name == f"{_HEAD}.weight":
+        return head
+    return scheme if ".layers." in name and len(shape) == 2 else None
 
 
 def random_layer(
@@ -136,6 +148,7 @@ def write_checkpoint(
     directory: Path,
     scheme: Scheme,
     *,
+    head: Scheme | None = None,
     seed: int = 0,
     tokenizer: Path | None = None,
     overwrite: bool = False,
@@ -149,6 +162,9 @@ def write_checkpoint(
     directory : Path
         The checkpoint to make.
     scheme : Scheme
+    head : Scheme, optional
+        Of the language-model head, which then has weights of its own; without it, it is left in
+        16 bits.
     seed : int
     tokenizer : Path, optional
         A model directory whose tokenizer is copied; without one, a made-up one is written.
@@ -161,26 +177,35 @@ def write_checkpoint(
         The configuration is not supported, the group size does not divide a layer's inputs, or
         the directory cannot be written.
     """
+    if head is not None:
+        config = {**config, "tie_word_embeddings": False}
     tensors = tensor_shapes(config)
+    schemes = {name: layer_scheme(name, shape, scheme, head) for name, shape in tensors}
     for name, shape in tensors:
-        if is_compressed(name, shape) and shape[1] % scheme.group_size:
+        found = schemes[name]
+        if found is not None and shape[1] % found.group_size:
+            option = "--head-group" if found is head else "--group-size"
             raise UsageError(
-                f"Groups of {scheme.group_size} do not divide the {shape[1]} inputs of {name}; "
-                "choose another --group-size."
+                f"Groups of {found.group_size} do not divide the {shape[1]} inputs of {name}; "
+                f"choose another {option}."
             )
     quantization = QuantizationConfig(
         bits=scheme.bits,
         group_size=scheme.group_size,
         ratio=scheme.sparsity,
-        ignore=("lm_head",),
+        ignore=(_HEAD,) if head is None else (),
+        per_layer={}
+        if head is None
+        else {_HEAD: LayerScheme(head.bits, head.group_size, False, head.sparsity)},
         producer="tools/random_checkpoint.py",
     )
     rng = np.random.default_rng(seed)
     with CheckpointWriter(directory, dict(config), quantization, overwrite=overwrite) as writer:
         for name, shape in tensors:
-            if is_compressed(name, shape):
+            found = schemes[name]
+            if found is not None:
                 path = name.removesuffix(".weight")
-                writer.add_layer(random_layer(path, (shape[0], shape[1]), scheme, rng))
+                writer.add_layer(random_layer(path, (shape[0], shape[1]), found, rng))
             else:
                 writer.add_tensor(name, random_tensor(name, shape, config, rng))
         if tokenizer is not None:
@@ -226,16 +251,20 @@ def main() -> None:
     parser.add_argument("--sparsity", type=sparsity, default=0.5, help="0 <= S < 1")
     parser.add_argument("--group-size", type=int, choices=GROUP_SIZES, default=16)
     parser.add_argument("--bits", type=int, choices=BITS, default=4)
+    parser.add_argument("--head-bits", type=int, choices=BITS, help="compress the head too")
+    parser.add_argument("--head-group", type=int, choices=GROUP_SIZES, default=32)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--tokenizer", type=Path, help="a model directory to copy it from")
     parser.add_argument("--overwrite", action="store_true")
     options = parser.parse_args()
     scheme = Scheme(options.sparsity, options.group_size, options.bits)
+    head = None if options.head_bits is None else Scheme(0.0, options.head_group, options.head_bits)
     try:
         write_checkpoint(
             shape_config(options.shape),
             options.output,
             scheme,
+            head=head,
             seed=options.seed,
             tokenizer=options.tokenizer,
             overwrite=options.overwrite,

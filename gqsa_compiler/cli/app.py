@@ -17,8 +17,10 @@ from gqsa_compiler.cli.convert import convert
 from gqsa_compiler.cli.eval import eval_
 from gqsa_compiler.cli.export import export
 from gqsa_compiler.cli.inspect import inspect
+from gqsa_compiler.cli.native import native
 from gqsa_compiler.cli.run import run
 from gqsa_compiler.cli.signals import SIGNAL_BASE, Stopped, stop_signals
+from gqsa_compiler.cli.tune_verbs import make_tune_app
 
 VERBS: dict[str, Callable[..., None]] = {
     "compress": compress,
@@ -30,7 +32,12 @@ VERBS: dict[str, Callable[..., None]] = {
     "inspect": inspect,
     "convert": convert,
     "export": export,
+    "native": native,
 }
+
+
+TUNE = "tune"
+"""The verb that has verbs of its own."""
 
 
 def _show_version(wanted: bool) -> None:
@@ -58,6 +65,7 @@ def make_app() -> typer.Typer:
     app.callback()(_root)
     for name, verb in VERBS.items():
         app.command(name)(verb)
+    app.add_typer(make_tune_app(), name=TUNE)
     return app
 
 
@@ -81,7 +89,8 @@ def call(app: typer.Typer, name: str, arguments: Sequence[str]) -> int:
             # click's usage errors have no public name in typer; each says it in `format_message`.
             if not hasattr(error, "format_message"):
                 return report_error(error, stop, "--verbose" in arguments)
-            verb = [word for word in arguments[:1] if word in VERBS and name == "gqsa"]
+            verbs = {*VERBS, TUNE}
+            verb = [word for word in arguments[:1] if word in verbs and name == "gqsa"]
             say_error(f"{error.format_message()} (Try: {' '.join([name, *verb, '--help'])})")
             return EXIT_USAGE
     return code if isinstance(code, int) else 0

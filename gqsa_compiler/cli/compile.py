@@ -10,8 +10,10 @@ import typer
 
 from gqsa_compiler.cli import options
 from gqsa_compiler.cli.command import command
+from gqsa_compiler.cli.compile_module import compile_a_module
 from gqsa_compiler.cli.compile_report import print_report
 from gqsa_compiler.cli.console import emit_json, note, progress, show_settings
+from gqsa_compiler.errors import UsageError
 from gqsa_compiler.outdir import check_output
 
 
@@ -21,9 +23,10 @@ def compile_(
     target: Annotated[
         str,
         typer.Option(
-            help="cpu (this machine), x86-64-v3, x86-64-v4, x86-64-v4-bf16, aarch64 or "
-            "aarch64-i8mm; several with commas between them: code for each, and one copy of the "
-            "weights."
+            help="cpu (this machine), x86-64-v3, x86-64-v4, x86-64-v4-bf16, aarch64, "
+            "aarch64-i8mm, android-arm64, cuda (the GPU here, else any since sm_80) or "
+            "cuda:sm_80, 86, 89, 90; several with commas between them: code for each, and one copy "
+            "of the weights."
         ),
     ] = "cpu",
     output: Annotated[
@@ -50,10 +53,10 @@ def compile_(
         int, typer.Option(min=1, help="Prompt tokens taken in one step.")
     ] = 512,
     activations: Annotated[
-        Literal["auto", "float32", "int16", "int8"],
+        Literal["auto", "float32", "float16", "int16", "int8"],
         typer.Option(
-            help="What sparse layers round their inputs to; auto: int16 where there are kernels "
-            "for it (x86-64 with AVX2), else float32."
+            help="What sparse layers round their inputs to; auto: float16 on GPUs, int16 where "
+            "there are kernels for it (x86-64 with AVX2), else float32."
         ),
     ] = "auto",
     head: Annotated[
@@ -82,14 +85,60 @@ def compile_(
     debug_dump: Annotated[
         Path | None, typer.Option(help="Write the module after every phase into this directory.")
     ] = None,
+    db: Annotated[
+        Path | None,
+        typer.Option(
+            "--db",
+            help="Take kernels' configurations from this tuning database (gqsa tune).",
+            show_default="what is shipped for this processor",
+        ),
+    ] = None,
+    chip: Annotated[
+        str | None,
+        typer.Option(
+            help="Processor whose measurements to take (gqsa tune show lists them).",
+            show_default="with --target cpu this machine's, else the database's only one",
+        ),
+    ] = None,
+    size: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Of an ONNX file or module checkpoint: fix a size that varies (NAME=N), or bound "
+            "it (NAME=LOW:HIGH). May be given several times."
+        ),
+    ] = None,
     overwrite: options.Overwrite = False,
     json: options.Json = False,
     verbose: options.Verbose = False,
 ) -> None:
     """Compile MODEL for a target; ends with a report of what runs on which kernel."""
+    from gqsa_compiler.modules import is_module
     from gqsa_compiler.targets import parse_targets
 
+    if is_module(model):
+        compile_a_module(
+            model,
+            output if output is not None else default_output(model, target),
+            size or [],
+            overwrite=overwrite,
+            json=json,
+            target=target,
+            activations=activations,
+            bundle=bundle,
+            no_fallback=no_fallback,
+            debug_dump=debug_dump,
+        )
+        return
+    if size:
+        raise UsageError("--size is for ONNX files and module checkpoints; use --context here.")
     specs = parse_targets(target)
+    for spec in specs:
+        if spec.kind == "cuda" and spec.features:
+            note(
+                f"No GPU is here that has code of its own: the code is for {spec.arch}, with PTX "
+                "that the driver of a later GPU translates. For one elsewhere, name its "
+                "architecture (--target cuda:sm_90)."
+            )
     directory = output if output is not None else default_output(model, target)
     check_output(directory, overwrite, protect=(model,))
     show_settings(
@@ -97,7 +146,7 @@ def compile_(
         {
             "model": model,
             "target": ", ".join(
-                f"{spec.name} ({spec.cpu}{''.join(f' +{f}' for f in spec.features)})"
+                f"{spec.name} ({spec.cpu or spec.arch}{''.join(f' +{f}' for f in spec.features)})"
                 for spec in specs
             ),
             "output": directory,
@@ -111,6 +160,8 @@ def compile_(
             "bundle": bundle,
             "no fallback": no_fallback,
             "debug dump": debug_dump,
+            "database": db,
+            "chip": chip,
         },
     )
     if recipe not in (None, "dense"):
@@ -131,6 +182,8 @@ def compile_(
         bundle=bundle,
         no_fallback=no_fallback,
         debug_dump=debug_dump,
+        database=db,
+        chip=chip,
     )
     with progress() as report_progress:
         report = compile_model(
@@ -146,7 +199,10 @@ def compile_(
         return
     print_report(report.to_dict())
     if bundle and not (Path(directory) / "gqsa-run").exists():
-        note("The bundle has no gqsa-run: it is not built for this target (docs/mobile.md).")
+        note("The bundle has no gqsa-run: gqsa native builds it (docs/mobile.md).")
+    if specs[0].linked:
+        note(f"Wrote {directory}. Next: copy it to the device and run its gqsa-run there.")
+        return
     note(f'Wrote {directory}. Next: gqsa run {directory} -p "Once upon a time"')
 
 

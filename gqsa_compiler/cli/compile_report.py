@@ -14,6 +14,11 @@ _KINDS = {
     "tables": "embedding and RoPE tables",
     "other": "norms, biases, tables",
 }
+_SOURCES = {
+    "exact": "measured",
+    "nearest": "measured for the nearest shape",
+    "default": "by default",
+}
 # A fallback list longer than this is cut: its first lines and the count say it.
 _SHOWN = 8
 
@@ -59,6 +64,10 @@ def _print_kernels(report: dict[str, Any]) -> None:
         table.add_row(kernel, str(count), bytes_text(read.get(kernel, 0)))
     emit_table(table)
     print()
+    sources = report["configuration_sources"]
+    if set(sources) - {"default"}:
+        named = ", ".join(f"{count} {_SOURCES[source]}" for source, count in sources.items())
+        print(f"configurations: {named}\n")
 
 
 def _print_fallbacks(fallbacks: list[dict[str, Any]]) -> None:

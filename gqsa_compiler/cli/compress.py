@@ -166,9 +166,10 @@ def compress(
         emit_json(report.to_dict())
         return
     far = "" if report.divergence is None else f", KL {report.divergence:.3f} from the dense model"
+    head = "" if report.head is None else f", the head to {report.head.bits_per_weight:.3f}"
     print(
         f"{len(report.layers)} layers compressed to {report.bits_per_weight:.3f} bits a weight"
-        f"{far} in {seconds_text(report.seconds)}"
+        f"{head}{far} in {seconds_text(report.seconds)}"
     )
     note(
         f"Calibrated on {report.calibration_samples} sequences, {report.calibration_tokens} "

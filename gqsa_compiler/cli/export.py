@@ -25,7 +25,7 @@ def export(
         ),
     ],
     to: Annotated[
-        Literal["dense", "gptq", "compressed-tensors", "gguf"],
+        Literal["dense", "gptq", "compressed-tensors", "gguf", "onnx"],
         typer.Option(help="The format to write.", show_default=False),
     ],
     output: Annotated[

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, get_type_hints
 
 from gqsa_compiler.cli import options
 from gqsa_compiler.cli.console import note, progress
+from gqsa_compiler.errors import UsageError
 
 if TYPE_CHECKING:
     from gqsa_compiler.runtime import Generation, Model
@@ -67,8 +68,13 @@ def generates(function: Callable[..., None]) -> Callable[..., None]:
     return wrapper
 
 
-def load_one(directory: Path, shared: Shared) -> Model:
-    """Load an artefact for one sequence: its cache holds one context, not a whole batch."""
+def load_one(directory: Path, shared: Shared, rpc: str | None = None) -> Model:
+    """Load an artefact for one sequence: its cache holds one context, not a whole batch.
+
+    `rpc` is the address of the device to load it on, other than this machine.
+    """
+    if rpc is not None:
+        return _load_remote(directory, shared, rpc)
     from gqsa_compiler.runtime import load
 
     # Checking the hashes of a large model reads gigabytes.
@@ -83,7 +89,29 @@ def load_one(directory: Path, shared: Shared) -> Model:
         )
     if len(model.manifest.variants) > 1:
         note(f"Running the code for {model.variant}.")
+    if model.memory is not None:
+        note(model.memory.text())
     return model
+
+
+def _load_remote(directory: Path, shared: Shared, rpc: str) -> Model:
+    from gqsa_compiler.remote import load_remote, parse_address
+
+    if shared.threads is not None:
+        raise UsageError(
+            "--threads is for this machine; the device has as many as its server was given "
+            "(TVM_NUM_THREADS)."
+        )
+    parse_address(rpc)
+    with progress(transient=True) as report_progress:
+        return load_remote(
+            directory,
+            rpc,
+            verify=not shared.no_verify,
+            context_length=shared.context,
+            max_batch=1,
+            progress=report_progress,
+        )
 
 
 def figures(result: Generation) -> str:

@@ -70,7 +70,8 @@ def _show_artefact(found: dict[str, Any], here: str | None) -> None:
     print(f"{model['name']} ({model['architecture']}) for {names}: {targets[0]['triple']}")
     print(f"made by         {found['producer']}, TVM {found['versions']['tvm']}")
     for target in targets:
-        title = "CPU features" if len(targets) == 1 else target["name"]
+        own = "GPU code" if target["kind"] == "cuda" else "CPU features"
+        title = own if len(targets) == 1 else target["name"]
         print(f"{title:<16}{' '.join(target['flags']) or 'none beyond the base'}")
     if len(targets) > 1:
         print(f"runs here       {here or 'none of them'}")

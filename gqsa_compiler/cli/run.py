@@ -36,6 +36,12 @@ def run(
         ),
     ] = False,
     max_tokens: options.MaxTokens = 256,
+    rpc: Annotated[
+        str | None,
+        typer.Option(
+            metavar="HOST:PORT", help="Run on the device there, which runs TVM's RPC server."
+        ),
+    ] = None,
     *,
     shared: Shared,
 ) -> None:
@@ -48,11 +54,12 @@ def run(
             "artefact": directory,
             "chat template": chat,
             "max tokens": max_tokens,
+            "device": rpc or "this machine",
             **shared.settings(),
         },
     )
     request: Any = [{"role": "user", "content": text}] if chat else text
-    with load_one(directory, shared) as model:
+    with load_one(directory, shared, rpc) as model:
         start = model.stream_chat if chat else model.stream
         stream = start(request, max_tokens=max_tokens, **shared.sampling())
         for piece in stream:

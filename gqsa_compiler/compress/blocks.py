@@ -13,6 +13,9 @@ from torch import Tensor, nn
 from gqsa_compiler.compress.gemm import quick_linears
 from gqsa_compiler.errors import ModelError
 
+HEAD = "lm_head"
+"""Module path of the language-model head, in every family."""
+
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 
 
@@ -114,6 +117,37 @@ def capture_inputs(model: nn.Module, blocks: nn.ModuleList, batches: list[Tensor
         for block in blocks:
             del block.forward  # the class's own comes back
     return BlockInputs(hidden, arguments)
+
+
+@torch.no_grad()
+def final_states(model: Any, blocks: nn.ModuleList, tokens: Tensor, hidden: Tensor) -> Tensor:
+    """Return what the head gets: the last norm's outputs. No block runs.
+
+    Parameters
+    ----------
+    model : transformers.PreTrainedModel
+    blocks : nn.ModuleList
+        Its blocks.
+    tokens : int64 [B, T]
+    hidden : float32 [B, T, H]
+        The last block's outputs.
+
+    Returns
+    -------
+    float32 [B, T, H]
+    """
+
+    def stand_in(*_args: Any, **_keywords: Any) -> Tensor:
+        return hidden
+
+    for block in blocks:
+        block.forward = stand_in
+    try:
+        states: Tensor = model.base_model(input_ids=tokens, use_cache=False).last_hidden_state
+    finally:
+        for block in blocks:
+            del block.forward  # the class's own comes back
+    return states
 
 
 def run_block(block: nn.Module, hidden: Tensor, arguments: Arguments) -> Tensor:

@@ -19,6 +19,7 @@ from gqsa_compiler.compress.fingerprint import run_settings
 from gqsa_compiler.compress.parallel.launch import find_launch
 from gqsa_compiler.compress.parallel.together import compress_together
 from gqsa_compiler.compress.phases.block import BlockPhase, evenly
+from gqsa_compiler.compress.phases.head import STATE as HEAD_STATE
 from gqsa_compiler.compress.phases.model import ModelPhase, done_name, required
 from gqsa_compiler.compress.phases.plan import make_plan
 from gqsa_compiler.compress.phases.write import STAGE as WRITING
@@ -26,7 +27,7 @@ from gqsa_compiler.compress.phases.write import STATE as WRITTEN
 from gqsa_compiler.compress.phases.write import WritePhase
 from gqsa_compiler.compress.recipes.budget import Budget
 from gqsa_compiler.compress.recipes.nominal import nominal_bits_per_weight
-from gqsa_compiler.compress.recipes.recipe import STAGES, Recipe
+from gqsa_compiler.compress.recipes.recipe import STAGES, Head, Recipe
 from gqsa_compiler.compress.recipes.recipe_file import recipe_to_dict
 from gqsa_compiler.compress.request import (
     CompressOptions,
@@ -169,7 +170,8 @@ class _Compression:
                 self._ranks.check_batch(batch_size(stage, samples, spec.sequence_length))
         protect = (source.path, *spec.local_paths)
         check_output(self._output, self._options.overwrite, protect=protect)
-        prefix, blocks = find_blocks(build_model(source))
+        model = build_model(source)
+        prefix, blocks = find_blocks(model)
         layers = [linear_layers(block) for block in blocks]
         shapes = []
         for index, inside in enumerate(layers):
@@ -177,6 +179,8 @@ class _Compression:
                 self._check_groups(f"{prefix}.{index}.{path}", layer.in_features)
                 shapes.append((layer.out_features, layer.in_features))
         recipe = self._recipe
+        if recipe.head is not None:
+            _check_head(recipe.head, model.get_output_embeddings().in_features)
         if recipe.budget is not None:
             check_budget(shapes, recipe.budget, recipe.target, recipe.balance)
         return prefix, [list(inside) for inside in layers]
@@ -248,7 +252,6 @@ class _Compression:
             self._output,
             self._options.overwrite,
         ).run(plan.targets, self._whole, work, log, self._progress, self._started)
-        weights = sum(layer.n * layer.k for layer in written.layers)
         nominal = nominal_bits_per_weight(recipe) if recipe.structure == "2:4" else None
         return CompressReport(
             model=self._source.name,
@@ -259,10 +262,11 @@ class _Compression:
             calibration_tokens=tokens.numel(),
             layers=written.layers,
             block_losses=tuple(losses),
-            bits_per_weight=8 * sum(written.bytes.values()) / weights,
+            bits_per_weight=written.bits_per_weight,
             nominal_bits_per_weight=nominal,
             divergence=divergence,
             seconds=time.monotonic() - self._started,
+            head=written.head,
         )
 
     def _tokens(self, work: WorkDirectory, log: RunLog) -> Tensor:
@@ -280,6 +284,15 @@ class _Compression:
         return tokens
 
 
+def _check_head(head: Head, features: int) -> None:
+    if features % head.group_size:
+        raise ModelError(
+            f"Groups of {head.group_size} do not divide the {features} inputs of the head; give "
+            "the recipe's head another group_size, or null to leave it as it is, in a recipe file "
+            "(docs/recipes.md)."
+        )
+
+
 def latest(names: list[str]) -> str:
     """Say where a run goes on whose work directory has states of these names."""
     if WRITTEN in names:
@@ -287,5 +300,7 @@ def latest(names: list[str]) -> str:
     for stage in reversed(STAGES[1:]):
         if stage in names or done_name(stage) in names:
             return f"stage {stage}"
+    if HEAD_STATE in names:
+        return "what follows the head"
     blocks = sum(name.startswith(f"{BLOCK_STATE}-") for name in names)
     return f"block {blocks}" if blocks else "the beginning"

@@ -48,6 +48,11 @@ class CompressOptions:
     overwrite: bool = False
     restart: bool = False
 
+    def __post_init__(self) -> None:
+        """Refuse a seed that generators do not take."""
+        if not 0 <= self.seed < 1 << 63:
+            raise UsageError(f"The seed is {self.seed}; it must be 0 to 2^63 - 1.")
+
 
 def choose_recipe(
     recipe: PathText | Recipe,

@@ -32,6 +32,11 @@ class LayerReport:
     sparsity: float
     bytes: int
 
+    @property
+    def bits_per_weight(self) -> float:
+        """Stored bits a weight, with all indices and scales."""
+        return 8 * self.bytes / (self.n * self.k)
+
 
 @dataclass(frozen=True)
 class CompressReport:
@@ -45,11 +50,12 @@ class CompressReport:
     calibration_samples, calibration_tokens : int
         Sequences, and tokens in all.
     layers : tuple of LayerReport
+        The blocks' compressed layers.
     block_losses : tuple of float
         For each block, the mean over tokens of the squared error of its outputs against the dense
         model's, relative to their size: after the one-shot compression and stage one.
     bits_per_weight : float
-        Stored bits a weight of the compressed layers, with all indices and scales.
+        Stored bits a weight of the blocks' compressed layers, with all indices and scales.
     nominal_bits_per_weight : float or None
         For a 2:4 baseline: what a 2:4 format would store.
     divergence : float or None
@@ -57,6 +63,8 @@ class CompressReport:
         on the calibration text; None without such a stage.
     seconds : float
         Wall time of this process.
+    head : LayerReport or None
+        The language-model head, if the recipe compresses it.
     """
 
     model: str
@@ -71,6 +79,7 @@ class CompressReport:
     nominal_bits_per_weight: float | None
     divergence: float | None
     seconds: float
+    head: LayerReport | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Return the report as JSON types."""
@@ -81,4 +90,5 @@ def report_from_dict(data: Mapping[str, Any]) -> CompressReport:
     """Inverse of `CompressReport.to_dict`, after JSON too."""
     layers = tuple(LayerReport(**layer) for layer in data["layers"])
     losses = tuple(data["block_losses"])
-    return CompressReport(**{**data, "layers": layers, "block_losses": losses})
+    head = None if data["head"] is None else LayerReport(**data["head"])
+    return CompressReport(**{**data, "layers": layers, "block_losses": losses, "head": head})

@@ -19,6 +19,7 @@ from gqsa_compiler.checkpoint import (
     QuantizationConfig,
     from_codes,
 )
+from gqsa_compiler.compress.blocks import HEAD
 from gqsa_compiler.compress.recipes.recipe import LayerTarget, Recipe
 from gqsa_compiler.compress.result import LayerReport
 from gqsa_compiler.compress.solver.grouped import GroupedWeight
@@ -36,18 +37,32 @@ class Written:
     Parameters
     ----------
     layers : tuple of LayerReport
+        The blocks' compressed layers.
     bytes : dict of str to int
-        Of the compressed layers by kind (codes, scales, zeros, indices).
+        Theirs by kind (codes, scales, zeros, indices).
     other_bytes : int
         Of all other tensors.
     dense_bytes : int
         What all tensors took in the source, 16 bits a value.
+    head : LayerReport or None
+        The head, if it is compressed.
     """
 
     layers: tuple[LayerReport, ...]
     bytes: dict[str, int]
     other_bytes: int
     dense_bytes: int
+    head: LayerReport | None = None
+
+    @property
+    def weights(self) -> int:
+        """Weights of the blocks' compressed layers, dropped ones too."""
+        return sum(layer.n * layer.k for layer in self.layers)
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Stored bits a weight of the blocks' compressed layers, all extras counted."""
+        return 8 * sum(self.bytes.values()) / self.weights
 
 
 def producer() -> str:
@@ -72,14 +87,16 @@ def quantization(recipe: Recipe, targets: Mapping[str, LayerTarget]) -> Quantiza
     ----------
     recipe : Recipe
     targets : mapping of str to LayerTarget
-        Layers (module paths) that become something else than ``recipe.target``.
+        Layers (module paths) of the blocks that become something else than ``recipe.target``.
     """
+    if recipe.head is not None:
+        targets = {**targets, HEAD: recipe.head.target}
     return QuantizationConfig(
         bits=recipe.bits,
         group_size=recipe.group_size,
         ratio=recipe.sparsity,
         balance=recipe.balance,
-        ignore=("lm_head",),
+        ignore=(HEAD,) if recipe.head is None else (),
         per_layer={
             name: LayerScheme(target.bits, target.group_size, False, target.sparsity)
             for name, target in targets.items()
@@ -104,6 +121,7 @@ class ModelStore:
         self._writer = writer
         self._source = source
         self._layers: list[LayerReport] = []
+        self._head: LayerReport | None = None
         self._kinds: Counter[str] = Counter()
         self._other = 0
         self._dense = 0
@@ -112,24 +130,23 @@ class ModelStore:
         """Write a block's compressed layers, by their path inside it."""
         for path, weight in weights.items():
             layer = to_layer(f"{block}.{path}", weight)
-            self._writer.add_layer(layer)
-            rows, columns = layer.shape
-            self._layers.append(
-                LayerReport(
-                    layer.name,
-                    rows,
-                    columns,
-                    layer.bits,
-                    layer.group_size,
-                    layer.sparsity,
-                    layer.nbytes,
-                )
-            )
+            self._layers.append(self._add(layer))
             self._kinds["codes"] += layer.qweight.nbytes
             self._kinds["scales"] += layer.scales.nbytes
             self._kinds["zeros"] += 0 if layer.qzeros is None else layer.qzeros.nbytes
             self._kinds["indices"] += layer.indices.nbytes + layer.indptr.nbytes
-            self._dense += 2 * rows * columns
+            self._dense += 2 * layer.shape[0] * layer.shape[1]
+
+    def add_head(self, weight: GroupedWeight, *, tied: bool) -> None:
+        """Write the compressed head; a tied one is the embedding in the dense model."""
+        self._head = self._add(to_layer(HEAD, weight))
+        self._dense += 0 if tied else 2 * self._head.n * self._head.k
+
+    def _add(self, layer: BSRLayer) -> LayerReport:
+        self._writer.add_layer(layer)
+        rows, columns = layer.shape
+        scheme = (layer.bits, layer.group_size, layer.sparsity)
+        return LayerReport(layer.name, rows, columns, *scheme, layer.nbytes)
 
     def add_rest(self, skip: frozenset[str], trained: Mapping[str, Tensor]) -> None:
         """Write all other tensors: matrices in 16 bits, vectors as they are.
@@ -163,7 +180,8 @@ class ModelStore:
 
     def written(self) -> Written:
         """Return what was written so far."""
-        return Written(tuple(self._layers), dict(self._kinds), self._other, self._dense)
+        layers = tuple(self._layers)
+        return Written(layers, dict(self._kinds), self._other, self._dense, self._head)
 
 
 @torch.no_grad()

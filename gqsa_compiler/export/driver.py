@@ -18,12 +18,23 @@ from gqsa_compiler.models.registry import parse_config
 from gqsa_compiler.outdir import check_output, staged_directory
 from gqsa_compiler.progress import Progress
 
+
+def _write_onnx(
+    model: CompressedModel, directory: Path, output: str, dtype: str | None
+) -> ExportReport:
+    """Write ONNX; the other formats need neither PyTorch nor TVM."""
+    from gqsa_compiler.export.onnx_file import write_onnx
+
+    return write_onnx(model, directory, output, dtype)
+
+
 _Writer = Callable[[CompressedModel, Path, str, str | None], ExportReport]
 _WRITERS: Mapping[str, _Writer] = {
     "dense": write_dense,
     "gptq": write_gptq,
     "compressed-tensors": write_packed,
     "gguf": write_gguf,
+    "onnx": _write_onnx,
 }
 FORMATS = tuple(_WRITERS)
 DTYPES: Mapping[str, tuple[str, ...]] = {

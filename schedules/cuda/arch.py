@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from gqsa_compiler._tvm import Target
 from gqsa_compiler.errors import UsageError
+from gqsa_compiler.targets import SHARED_BYTES
 
 WARP = 32
 """Threads of a warp."""
@@ -46,10 +47,10 @@ class Arch:
 
 
 ARCHES: Mapping[str, Arch] = {
-    "sm_80": Arch("sm_80", 163 * 1024, 108),
-    "sm_86": Arch("sm_86", 99 * 1024, 82),
-    "sm_89": Arch("sm_89", 99 * 1024, 128),
-    "sm_90": Arch("sm_90", 227 * 1024, 132),
+    "sm_80": Arch("sm_80", SHARED_BYTES["sm_80"], 108),
+    "sm_86": Arch("sm_86", SHARED_BYTES["sm_86"], 82),
+    "sm_89": Arch("sm_89", SHARED_BYTES["sm_89"], 128),
+    "sm_90": Arch("sm_90", SHARED_BYTES["sm_90"], 132),
 }
 
 

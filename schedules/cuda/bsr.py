@@ -25,7 +25,7 @@ from gqsa_compiler.targets import TargetSpec
 
 
 class CudaBsrInt4(ScheduleRule[CudaConfig]):
-    """Codes of 4 bits; those of 3 are widened to 4 when packing.
+    """Codes of 4 bits; those of 2 and 3 are widened to 4 when packing.
 
     Activations are rounded to float16 (with a power of two a token) or to int16; sums are float32,
     after at most eight products in halves, or exact up to 32 products in integers.
@@ -52,7 +52,7 @@ class CudaBsrInt4(ScheduleRule[CudaConfig]):
             return False
         return (
             spec.weight == "bsr"
-            and spec.bits in (3, 4)
+            and spec.bits in (2, 3, 4)
             and spec.activation_dtype in ("float16", "int16")
             and spec.k // spec.group_size <= 1 << COLUMN_BITS
             and len(self.space(spec, target)) > 0

@@ -21,7 +21,7 @@ from typing import Literal
 
 from gqsa_compiler.errors import CompileError
 
-_SOURCE_FORMAT = b"cuda"
+_FORMATS = (b"cuda", b"ptx", b"cubin", b"fatbin")
 
 
 @dataclass
@@ -62,7 +62,7 @@ def embed_machine_code(
     blob : bytes
         As ``runtime.ModulePackImportsToTensor`` gives it for a library's host module.
     source : str
-        What the module holds.
+        What the module holds, whatever format it is said to be in.
     code : bytes
         What it shall hold.
 
@@ -92,7 +92,7 @@ def embed_machine_code(
         value = reader.text()
         if kind == b"cuda" and value.endswith(ending):
             inside = _Reader(value)
-            if inside.text() == _SOURCE_FORMAT:
+            if inside.text() in _FORMATS:
                 table = value[inside.at : -len(ending)]
                 value = _text(code_format.encode()) + table + _text(code)
                 replaced += 1

@@ -28,6 +28,7 @@ from gqsa_compiler.schedules.cuda.device import (
     u32,
 )
 from gqsa_compiler.schedules.cuda.epilogue import Outputs
+from gqsa_compiler.schedules.cuda.gemv import MIN_BLOCKS
 from gqsa_compiler.schedules.cuda.layout import CHUNK, SLAB, StreamLayout
 from gqsa_compiler.schedules.cuda.rows import rows_of_output
 from gqsa_compiler.schedules.cuda.weights import Unit
@@ -37,6 +38,7 @@ from gqsa_compiler.schedules.spec import LinearSpec
 
 _LANES = 8  # threads that unpack a row
 _M, _N, _K = 16, 8, 16  # of one mma
+_RESIDENT = 2  # blocks that a processor's registers must hold; shared memory holds 1 to 4
 
 
 def _i32(value: int) -> Expr:
@@ -82,6 +84,7 @@ def launch(
         B.thread_binding(0, -(-spec.n // tile.rows), thread="blockIdx.x") as block,
         B.thread_binding(0, columns, thread="blockIdx.y") as column,
         B.thread_binding(0, tile.threads, thread="threadIdx.x") as thread,
+        B.attr(0, MIN_BLOCKS, _RESIDENT),
     ):
         shared = SharedMemory.allocate(tile.shared_parts())
         place = _Place.of(

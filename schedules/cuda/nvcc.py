@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from gqsa_compiler.schedules.cuda.arch import Arch
 
 _ENTRY = re.compile(r"Compiling entry function '(\w+)'")
 _SPILLS = re.compile(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads")
+_SHARED = re.compile(r"extern __shared__ __align__\((\d+)\) (\w+) (\w+)\[\];")
 _USED = re.compile(r"Used (\d+) registers")
 
 
@@ -81,17 +83,59 @@ def compile_cubin(source: str, arch: Arch) -> tuple[bytes, tuple[KernelUse, ...]
     CompileError
         There is no nvcc, or it failed; the message has its first lines.
     """
+    return _compile(source, [f"-arch={arch.name}", "-cubin"], arch.name)
+
+
+def compile_fatbin(source: str, code: Sequence[str]) -> tuple[bytes, tuple[KernelUse, ...]]:
+    """Compile CUDA C to a container of several codes; needs no GPU.
+
+    Parameters
+    ----------
+    source : str
+    code : sequence of str
+        ``sm_80`` (machine code) or ``compute_80`` (PTX, which a driver translates).
+
+    Returns
+    -------
+    fatbin : bytes
+    uses : tuple of KernelUse
+        One a kernel and machine code.
+
+    Raises
+    ------
+    CompileError
+        As `compile_cubin`.
+    """
+    wanted = []
+    for name in code:
+        number = name.rpartition("_")[2]
+        wanted.append(f"-gencode=arch=compute_{number},code={name}")
+    return _compile(source, [*wanted, "-fatbin"], ", ".join(code))
+
+
+def _compile(source: str, options: Sequence[str], what: str) -> tuple[bytes, tuple[KernelUse, ...]]:
     nvcc = find_nvcc()
     with tempfile.TemporaryDirectory(prefix="gqsa-cuda-") as folder:
-        code, cubin = Path(folder) / "kernel.cu", Path(folder) / "kernel.cubin"
-        code.write_text(source, encoding="utf-8")
-        command = [str(nvcc), f"-arch={arch.name}", "-O3", "-cubin", "-Xptxas", "-v"]
-        command += ["-diag-suppress=177", "-o", str(cubin), str(code)]
-        done = subprocess.run(command, capture_output=True, text=True)
+        path, made = Path(folder) / "kernel.cu", Path(folder) / "kernel.out"
+        path.write_text(_one_shared_array(source), encoding="utf-8")
+        command = [str(nvcc), *options, "-O3", "-Xptxas", "-v", "-diag-suppress=177,1046"]
+        done = subprocess.run(
+            [*command, "-o", str(made), str(path)], capture_output=True, text=True
+        )
         if done.returncode:
-            said = "; ".join((done.stderr or done.stdout).strip().splitlines()[:3])
-            raise CompileError(f"{nvcc} could not compile a kernel for {arch.name}: {said}")
-        return cubin.read_bytes(), parse_uses(done.stderr)
+            lines = (done.stderr or done.stdout).strip().splitlines()
+            said = "; ".join([line for line in lines if "error" in line][:3] or lines[:3])
+            raise CompileError(f"{nvcc} could not compile a kernel for {what}: {said}")
+        return made.read_bytes(), parse_uses(done.stderr)
+
+
+def _one_shared_array(source: str) -> str:
+    """Give dynamic shared memory one name and type, as C++ wants it in all kernels of a file.
+
+    TVM declares it in each kernel anew, with a type of that kernel and a name that others have too.
+    """
+    array = r"extern __shared__ __align__(\1) unsigned char gqsa_shared[];"
+    return _SHARED.sub(array + r" \2* \3 = reinterpret_cast<\2*>(gqsa_shared);", source)
 
 
 def parse_uses(text: str) -> tuple[KernelUse, ...]:

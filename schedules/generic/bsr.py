@@ -14,7 +14,7 @@ from gqsa_compiler.checkpoint import BSRLayer
 from gqsa_compiler.schedules.generic.bsr_dot import Weights, row_sums
 from gqsa_compiler.schedules.generic.config import (
     GenericConfig,
-    default_config,
+    configurations,
     has_native_half,
 )
 from gqsa_compiler.schedules.generic.function import Arguments, kernel
@@ -49,7 +49,7 @@ class GenericBsr(ScheduleRule[GenericConfig]):
 
     def space(self, spec: LinearSpec, target: TargetSpec) -> Sequence[GenericConfig]:
         """List the configurations worth trying; the first is the default."""
-        return (default_config(units_of(spec), target),)
+        return configurations(units_of(spec), target)
 
     def params(self, spec: LinearSpec, config: GenericConfig) -> tuple[ParamSpec, ...]:
         """Describe the packed tensors, in the order `build` takes them."""

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 from gqsa_compiler.schedules.generic.emit import vector_lanes
 from gqsa_compiler.schedules.rule import KernelConfig
@@ -37,6 +38,22 @@ def default_config(units: int, target: TargetSpec) -> GenericConfig:
     """
     tiles = (4, 8, 16) if target.vector_bits == 512 else (4, 8)
     return GenericConfig(tasks=max(1, min(64, units)), lanes=vector_lanes(target), tiles=tiles)
+
+
+def task_counts(units: int) -> tuple[int, ...]:
+    """List the numbers of tasks worth trying for `units` outputs; the first is the default."""
+    return tuple(dict.fromkeys(max(1, min(count, units)) for count in (64, 16, 32, 128, 256)))
+
+
+def configurations(units: int, target: TargetSpec) -> Sequence[GenericConfig]:
+    """List the configurations worth trying for `units` outputs; the first is the default."""
+    default = default_config(units, target)
+    tiles = dict.fromkeys((default.tiles, (4, 8), (2, 4, 8), (8,), (4, 8, 16), (8, 16)))
+    return [
+        replace(default, tasks=tasks, tiles=sizes)
+        for tasks in task_counts(units)
+        for sizes in tiles
+    ]
 
 
 def has_native_half(target: TargetSpec) -> bool:

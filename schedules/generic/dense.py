@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -16,6 +16,7 @@ from gqsa_compiler.schedules.generic.config import (
     GenericConfig,
     default_config,
     has_native_half,
+    task_counts,
 )
 from gqsa_compiler.schedules.generic.emit import (
     Buffer,
@@ -69,7 +70,8 @@ class GenericDense(ScheduleRule[GenericConfig]):
 
     def space(self, spec: LinearSpec, target: TargetSpec) -> Sequence[GenericConfig]:
         """List the configurations worth trying; the first is the default."""
-        return (default_config(spec.n_out, target),)
+        default = default_config(spec.n_out, target)
+        return [replace(default, tasks=tasks) for tasks in task_counts(spec.n_out)]
 
     def params(self, spec: LinearSpec, config: GenericConfig) -> tuple[ParamSpec, ...]:
         """Describe the one tensor: the weight [N, K] as it is."""
@@ -82,13 +84,7 @@ class GenericDense(ScheduleRule[GenericConfig]):
         parts: Sequence[Any],
     ) -> dict[str, npt.NDArray[np.generic]]:
         """Stack the folded weights; one alone is returned without a copy."""
-        weight = parts[0] if len(parts) == 1 else np.concatenate(parts)
-        if weight.shape != (spec.n, spec.k) or str(weight.dtype) != spec.weight_dtype:
-            raise CompileError(
-                f"Cannot pack a dense weight {weight.shape} of {weight.dtype}: the kernel was "
-                f"built for {(spec.n, spec.k)} of {spec.weight_dtype}."
-            )
-        return {"weight": weight}
+        return {"weight": stack_dense(spec, parts)}
 
     def build(self, spec: LinearSpec, config: GenericConfig, target: TargetSpec) -> Any:
         """Return the scheduled PrimFunc; see `ScheduleRule.build` for its arguments."""
@@ -115,6 +111,23 @@ class GenericDense(ScheduleRule[GenericConfig]):
                     _task(tile, start, end, first, last)
 
         return kernel(spec, self.params(spec, config), body)
+
+
+def stack_dense(spec: LinearSpec, parts: Sequence[Any]) -> npt.NDArray[np.generic]:
+    """Stack folded dense weights [N_i, K]; one alone is returned without a copy.
+
+    Raises
+    ------
+    CompileError
+        They are not what `spec` says.
+    """
+    weight: npt.NDArray[np.generic] = parts[0] if len(parts) == 1 else np.concatenate(parts)
+    if weight.shape != (spec.n, spec.k) or str(weight.dtype) != spec.weight_dtype:
+        raise CompileError(
+            f"Cannot pack a dense weight {weight.shape} of {weight.dtype}: the kernel was "
+            f"built for {(spec.n, spec.k)} of {spec.weight_dtype}."
+        )
+    return weight
 
 
 def _share(units: int, tasks: int, task: Expr) -> Expr:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import math
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from gqsa_compiler._tvm import B
@@ -22,6 +23,31 @@ from gqsa_compiler.schedules.generic.emit import (
     store,
 )
 from gqsa_compiler.schedules.generic.rows import rms_factor
+
+ROPE = "gqsa.rope"
+"""The attribute of a function of `rope_qkv`: its `RopeShape` as JSON, by which a pass builds the
+same for another target."""
+
+
+@dataclass(frozen=True)
+class RopeShape:
+    """What `rope_qkv` is built for; its parameters say what each field means."""
+
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    rotary_dim: int
+    qk_norm: bool = False
+    eps: float = 1e-6
+
+    def to_json(self) -> str:
+        """Serialise to one line."""
+        return json.dumps(asdict(self))
+
+    @classmethod
+    def from_json(cls, text: str) -> RopeShape:
+        """Inverse of `to_json`."""
+        return cls(**json.loads(text))
 
 
 def rope_qkv(
@@ -92,7 +118,8 @@ def rope_qkv(
                 copy(out, at, qkv, at, head_dim, math.gcd(16, head_dim))
 
         each_token(tokens, width, row)
-    return builder.get()
+    shape = RopeShape(num_heads, num_kv_heads, head_dim, rotary_dim, qk_norm, eps)
+    return builder.get().with_attr(ROPE, shape.to_json())
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from gqsa_compiler.checkpoint import BSRLayer
-from gqsa_compiler.schedules.generic.config import GenericConfig, has_native_half
+from gqsa_compiler.schedules.generic.config import has_native_half
 from gqsa_compiler.schedules.generic.emit import Expr, vector_lanes
 from gqsa_compiler.schedules.generic.epilogue import Outputs
 from gqsa_compiler.schedules.generic.function import Arguments, kernel
@@ -23,12 +23,13 @@ from gqsa_compiler.schedules.rule import ScheduleRule
 from gqsa_compiler.schedules.spec import LinearSpec, ParamSpec
 from gqsa_compiler.schedules.x86 import bfloat16
 from gqsa_compiler.schedules.x86.activations import Inputs, prepare
+from gqsa_compiler.schedules.x86.config import X86Config, space
 from gqsa_compiler.schedules.x86.dot import row_sums
 from gqsa_compiler.schedules.x86.one_token import one_token
 from gqsa_compiler.schedules.x86.records import Records, pack, stored
 from gqsa_compiler.schedules.x86.scratch import Scratch
 from gqsa_compiler.schedules.x86.weights import Weights
-from gqsa_compiler.schedules.x86.wide import LEAST, prepare_wide, wide
+from gqsa_compiler.schedules.x86.wide import prepare_wide, row_block, wide
 from gqsa_compiler.targets import TargetSpec
 
 
@@ -37,7 +38,7 @@ def has_bfloat16(target: TargetSpec) -> bool:
     return bfloat16.FEATURE in target.features
 
 
-class X86Bsr(ScheduleRule[GenericConfig]):
+class X86Bsr(ScheduleRule[X86Config]):
     """Sparse weights, 16-bit activations; tasks have equal numbers of groups.
 
     Attributes
@@ -49,7 +50,7 @@ class X86Bsr(ScheduleRule[GenericConfig]):
     layout_version = 3
     bits: ClassVar[tuple[int, ...]]
 
-    def packed_by(self, config: GenericConfig) -> int:
+    def packed_by(self, config: X86Config) -> int:
         """Return the number of tasks: the rest is the same for every target."""
         return config.tasks
 
@@ -67,28 +68,24 @@ class X86Bsr(ScheduleRule[GenericConfig]):
         key = super().code_key(spec)
         return key if spec.symmetric else replace(key, weight_dtype=f"int{self.bits[-1]}")
 
-    def space(self, spec: LinearSpec, target: TargetSpec) -> Sequence[GenericConfig]:
+    def space(self, spec: LinearSpec, target: TargetSpec) -> Sequence[X86Config]:
         """List the configurations worth trying; the first is the default."""
-        lanes = vector_lanes(target)
-        # Few tokens one after the other, many side by side in the lanes of one or two vectors: four
-        # read more activations at once than the second-level cache keeps, and are slower.
-        tiles = (4,) if has_bfloat16(target) else (4, lanes, 2 * lanes)
-        return (GenericConfig(max(1, min(64, units_of(spec))), lanes, tiles),)
+        return space(units_of(spec), vector_lanes(target), bfloat16=has_bfloat16(target))
 
-    def params(self, spec: LinearSpec, config: GenericConfig) -> tuple[ParamSpec, ...]:
+    def params(self, spec: LinearSpec, config: X86Config) -> tuple[ParamSpec, ...]:
         """Describe the packed tensors, in the order `build` takes them."""
         return Records.of(spec).params(spec, config)
 
     def pack(
         self,
         spec: LinearSpec,
-        config: GenericConfig,
+        config: X86Config,
         parts: Sequence[BSRLayer] | Sequence[npt.NDArray[Any]],
     ) -> dict[str, npt.NDArray[np.generic]]:
         """Turn checkpoint layers into the tensors that `params` describes."""
         return pack(spec, config, [part for part in parts if isinstance(part, BSRLayer)])
 
-    def build(self, spec: LinearSpec, config: GenericConfig, target: TargetSpec) -> Any:
+    def build(self, spec: LinearSpec, config: X86Config, target: TargetSpec) -> Any:
         """Return the scheduled PrimFunc; see `ScheduleRule.build` for its arguments."""
 
         def body(args: Arguments) -> None:
@@ -100,6 +97,7 @@ class X86Bsr(ScheduleRule[GenericConfig]):
                 args.params["records"],
                 args.params.get("factors"),
                 args.params.get("row_starts"),
+                config.ahead,
             )
 
             def prepared(plan: TilePlan | None) -> Inputs:
@@ -107,7 +105,7 @@ class X86Bsr(ScheduleRule[GenericConfig]):
 
             def many() -> Callable[[Outputs, Expr, Expr], None]:
                 inputs = prepare_wide(spec, config, args.x, args.norm, args.tokens)
-                return partial(wide, weights, inputs)
+                return partial(wide, weights, inputs, row_block(spec, config.wide_rows))
 
             def with_scratch(inputs: Inputs) -> Inputs:
                 return replace(inputs, scratch=Scratch.allocate())
@@ -121,7 +119,9 @@ class X86Bsr(ScheduleRule[GenericConfig]):
                     partial(row_sums, weights),
                     in_task=with_scratch,
                     one_token=partial(one_token, weights),
-                    many_tokens=ManyTokens(LEAST, many) if has_bfloat16(target) else None,
+                    many_tokens=ManyTokens(config.wide_from, many)
+                    if has_bfloat16(target)
+                    else None,
                 )
 
         def whole(args: Arguments) -> None:
@@ -131,7 +131,7 @@ class X86Bsr(ScheduleRule[GenericConfig]):
         return kernel(spec, self.params(spec, config), whole)
 
     def stored(
-        self, spec: LinearSpec, config: GenericConfig, part: BSRLayer
+        self, spec: LinearSpec, config: X86Config, part: BSRLayer
     ) -> npt.NDArray[np.float64]:
         """Decode a layer as its packed tensors have it, float64 [N, K]."""
         return stored(spec, part)

@@ -23,12 +23,6 @@ from gqsa_compiler.schedules.x86.activations import Inputs
 from gqsa_compiler.schedules.x86.scratch import BLOCK_BYTES
 from gqsa_compiler.schedules.x86.weights import Weights
 
-AHEAD = 8192
-"""Bytes between a record that is multiplied and one that is asked for.
-
-The hardware asks for less: with 2048 x 8192 weights from memory this makes 129 of 105 billion
-weights a second (half of the groups kept, 2 threads of an AMD EPYC); 512 bytes make no difference.
-"""
 MOST_UNROLLED = 64
 """Multiplications of a group with a tile of tokens that are unrolled; beyond, a loop."""
 
@@ -91,7 +85,8 @@ def lane_sums(weights: Weights, inputs: Inputs, row: Expr, token: Expr, tile: in
     begin, end = weights.row(row)
     with B.serial(int64(0), end - begin) as i:
         record = weights.start(begin + i)
-        prefetch(weights.bytes, record + int64(AHEAD))
+        if weights.ahead:
+            prefetch(weights.bytes, record + int64(weights.ahead))
         scales = weights.unit_scales(record)
         codes = _registers(weights.unit_codes(record), lanes)
         columns = weights.unit_columns(record, i, column)

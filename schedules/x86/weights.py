@@ -35,6 +35,8 @@ class Weights:
     ----------
     lanes : int
         16-bit lanes of the target's vector registers.
+    ahead : int
+        Bytes between a record that is multiplied and one that is asked for; 0: none.
     """
 
     spec: LinearSpec
@@ -44,6 +46,7 @@ class Weights:
     bytes: Buffer
     factors: Buffer | None
     row_starts: Buffer | None
+    ahead: int = 0
 
     @property
     def chunks(self) -> Chunks:

@@ -28,16 +28,13 @@ from gqsa_compiler.schedules.generic.epilogue import Outputs
 from gqsa_compiler.schedules.generic.prologue import token_values
 from gqsa_compiler.schedules.spec import LinearSpec
 from gqsa_compiler.schedules.x86 import bfloat16
+from gqsa_compiler.schedules.x86.config import ROWS
 from gqsa_compiler.schedules.x86.weights import Weights
 
 TILE = 32
 """Tokens of a tile: two vectors of sums for each row."""
 LINE = 16
 """Tokens whose pairs of a column share a cache line."""
-ROWS = 8
-"""Rows decoded together: with two vectors of tokens, 16 of the 32 registers are sums."""
-LEAST = 24
-"""Tokens from which this is quicker than the kernels that skip absent groups."""
 
 
 @dataclass(frozen=True)
@@ -58,9 +55,9 @@ class WideInputs:
     tiles: Expr
 
 
-def row_block(spec: LinearSpec) -> int:
-    """Return how many stored rows are decoded together."""
-    return min(ROWS, 1 << (spec.n.bit_length() - 1))
+def row_block(spec: LinearSpec, rows: int = ROWS) -> int:
+    """Return how many stored rows are decoded together: `rows`, or fewer where there are fewer."""
+    return min(rows, 1 << (spec.n.bit_length() - 1))
 
 
 def prepare_wide(
@@ -99,10 +96,12 @@ def _write(pairs: Buffer, at: Expr, value: Callable[[Expr], Expr], k: int, lanes
         B.buffer_store(pairs, words, [B.ramp(start, const(TILE, "int64"), lanes // 2)])
 
 
-def wide(weights: Weights, inputs: WideInputs, outputs: Outputs, start: Expr, end: Expr) -> None:
-    """Emit the output features from `start` to `end` for all tokens."""
+def wide(
+    weights: Weights, inputs: WideInputs, block: int, outputs: Outputs, start: Expr, end: Expr
+) -> None:
+    """Emit the output features from `start` to `end` for all tokens, `block` rows at a time."""
     spec = weights.spec
-    rows, block = (2 if spec.epilogue.gated else 1), row_block(spec)
+    rows = 2 if spec.epilogue.gated else 1
     units = block // rows
     decoded = _Decoded.allocate(weights, block)
     blocks = B.bind(B.floordiv(end - start + int64(units - 1), int64(units)))

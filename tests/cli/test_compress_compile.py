@@ -41,17 +41,21 @@ def test_compress_says_what_it_did(gqsa: Gqsa, dense: Path, tmp_path: Path) -> N
     for setting in ("recipe", "w4s50g16", "text that the model writes", "row"):
         assert setting in done.err
     found = gqsa("inspect", tmp_path / "a", "--json").json
-    assert [layer["name"] for layer in found["layers"]] == sorted(
+    head, *layers = found["layers"]
+    assert head == done.json["head"]
+    assert (head["name"], head["bits"], head["group_size"]) == ("lm_head", 4, 32)
+    assert head["sparsity"] == 0
+    assert [layer["name"] for layer in layers] == sorted(
         layer["name"] for layer in done.json["layers"]
     )
-    for layer in found["layers"]:
+    for layer in layers:
         assert layer.keys() == {"name", "n", "k", "bits", "group_size", "sparsity", "bytes"}
         assert (layer["bits"], layer["group_size"]) == (4, 16)
         assert layer["sparsity"] == pytest.approx(0.5, abs=0.02)
-    weights = sum(layer["n"] * layer["k"] for layer in found["layers"])
-    stored = sum(layer["bytes"] for layer in found["layers"])
-    assert found["bits_per_weight"] == pytest.approx(8 * stored / weights)
-    assert found["bits_per_weight"] == pytest.approx(done.json["bits_per_weight"])
+    for what, some in (found, found["layers"]), (done.json, layers):
+        weights = sum(layer["n"] * layer["k"] for layer in some)
+        stored = sum(layer["bytes"] for layer in some)
+        assert what["bits_per_weight"] == pytest.approx(8 * stored / weights)
 
 
 def test_compress_prints_a_line_and_overwrites(gqsa: Gqsa, dense: Path, tmp_path: Path) -> None:
@@ -62,8 +66,9 @@ def test_compress_prints_a_line_and_overwrites(gqsa: Gqsa, dense: Path, tmp_path
         done = gqsa(*words, "--calibration", calibration, *extra)
         assert done.code == 0
         assert done.out.startswith("7 layers compressed to ")
+        assert ", the head to 5." in done.out
     table = gqsa("inspect", tmp_path / "a")
-    assert "7 compressed layers" in table.out
+    assert "8 compressed layers" in table.out
     assert "model.layers.0.mlp.down_proj" in table.out
 
 
@@ -144,6 +149,7 @@ def test_a_report_without_sparse_layers(capsys: pytest.CaptureFixture[str]) -> N
         "kernels": [kernel],
         "kernel_counts": {"generic.dense": 1},
         "fallbacks": [fallback] * 10,
+        "configuration_sources": {},
         "seconds": {"generating code": 61.0},
     }
     print_report(report)

@@ -47,7 +47,7 @@ def test_help_lists_every_verb(gqsa: Gqsa) -> None:
     assert all(verb in done.out for verb in VERBS)
     assert tuple(VERBS) == (
         *("compress", "compile", "run", "chat", "eval", "bench", "inspect"),
-        *("convert", "export"),
+        *("convert", "export", "native"),
     )
 
 

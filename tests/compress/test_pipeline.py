@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +12,15 @@ import numpy as np
 import pytest
 import torch
 
-from gqsa_compiler.checkpoint import CheckpointReader, to_dense, validate
-from gqsa_compiler.compress import Recipe, compress_model
+from gqsa_compiler.checkpoint import CheckpointReader, LayerScheme, to_dense, validate
+from gqsa_compiler.compress import CompressReport, Recipe, compress_model, parse_recipe
+from gqsa_compiler.compress.blocks import HEAD
 from gqsa_compiler.compress.calibration import tokens as tokens_module
 from gqsa_compiler.compress.phases import block as block_phase
+from gqsa_compiler.compress.recipes.recipe import Head
+from gqsa_compiler.compress.result import LayerReport
 from gqsa_compiler.compress.solver.block_oneshot import BlockState, compress_block
+from gqsa_compiler.compress.solver.rtn import round_weight
 from gqsa_compiler.errors import ModelError, UsageError
 from gqsa_compiler.frontends.source import resolve
 from gqsa_compiler.frontends.torch_model import load_checkpoint_dense, load_dense
@@ -40,9 +45,9 @@ def test_every_family(family: str, tmp_path: Path) -> None:
         linears = {
             name
             for name, module in model.named_modules()
-            if isinstance(module, torch.nn.Linear) and name != "lm_head"
+            if isinstance(module, torch.nn.Linear) and name != HEAD
         }
-        assert set(reader.layer_names) == linears
+        assert set(reader.layer_names) == {*linears, HEAD}
         assert {layer.name for layer in report.layers} == linears
         groups = kept = 0
         for name in linears:
@@ -54,14 +59,65 @@ def test_every_family(family: str, tmp_path: Path) -> None:
         # Balanced over the model: about 30% of all of them.
         assert kept / groups == pytest.approx(0.7, abs=0.01)
         for name, parameter in model.named_parameters():
-            if name.removesuffix(".weight") in linears:
+            if name.removesuffix(".weight") in {*linears, HEAD}:
                 continue
             stored = reader.tensor(name)
             assert stored.dtype == (np.float32 if parameter.ndim == 1 else np.float16)
             np.testing.assert_array_equal(stored, parameter.numpy().astype(stored.dtype))
+        check_head(reader, report, model)
     assert (tmp_path / "out" / "tokenizer.json").is_file()
     assert 4.3 < report.bits_per_weight < 5.2
     assert all(0 < loss < 0.5 for loss in report.block_losses)
+
+
+def check_head(reader: CheckpointReader, report: CompressReport, model: Any) -> None:
+    """Assert that a checkpoint has the head of the default settings, beside the embedding."""
+    layer = reader.layer(HEAD)
+    weight = model.get_output_embeddings().weight
+    assert layer.shape == tuple(weight.shape)
+    assert (layer.bits, layer.group_size, layer.sparsity) == (4, 32, 0.0)
+    assert reader.quantization.scheme(HEAD) == LayerScheme(4, 32, False, 0.0)
+    assert reader.quantization.ignore == ()
+    assert reader.config["tie_word_embeddings"] is False
+    assert report.head == LayerReport(HEAD, *layer.shape, 4, 32, 0.0, layer.nbytes)
+    rough = round_weight(weight, torch.ones(len(weight), 2, dtype=torch.bool), 32, 4).decode()
+    wrong = torch.from_numpy(to_dense(layer)) - weight
+    # Near what rounding gives: it makes up for its errors by larger ones.
+    assert float(wrong.square().mean()) < 3 * float((rough - weight).square().mean())
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_head_that_is_left_as_it_is(tied: bool, tmp_path: Path) -> None:
+    dense = make_tiny("llama", tmp_path / "dense", num_hidden_layers=1, tie_word_embeddings=tied)
+    recipe = replace(parse_recipe("w4s30g16"), head=None)
+    report = compress_model(dense, tmp_path / "out", recipe, **QUICK)
+    assert report.head is None
+    with CheckpointReader(tmp_path / "out") as reader:
+        assert HEAD not in reader.layer_names
+        assert (f"{HEAD}.weight" in reader.tensor_names) is not tied
+        assert reader.quantization.ignore == (HEAD,)
+        assert reader.config["tie_word_embeddings"] is tied
+
+
+@pytest.mark.parametrize("bits", [2, 8])
+@pytest.mark.parametrize("solver", ["compensated", "rtn"])
+def test_other_heads(bits: int, solver: Any, llama: Path, tmp_path: Path) -> None:
+    recipe = Recipe("mine", 4, 0, 32, solver=solver, head=Head(bits, 16))
+    report = compress_model(llama, tmp_path / "out", recipe, **QUICK)
+    assert report.head is not None
+    assert report.head.bits_per_weight == pytest.approx(bits + (16 + bits + 16) / 16, abs=1)
+    with CheckpointReader(tmp_path / "out") as reader:
+        validate(reader)
+        assert (reader.layer(HEAD).bits, reader.layer(HEAD).group_size) == (bits, 16)
+
+
+def test_a_budget_is_for_the_blocks(llama: Path, tmp_path: Path) -> None:
+    sizes = []
+    for head in (None, Head(8, 16)):
+        recipe = replace(parse_recipe("w4s50g16"), head=head)
+        report = compress_model(llama, tmp_path / str(head), recipe, budget="3.5", **QUICK)
+        sizes.append(report.bits_per_weight)
+    assert sizes[0] == sizes[1] <= 3.5
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -131,6 +187,7 @@ def test_calibration_file_and_row_balance(llama: Path, tmp_path: Path) -> None:
         "reading calibration text",
         "measuring sensitivities",
         "compressing blocks",
+        "compressing the head",
         "writing",
     ]
     assert json.loads(json.dumps(report.to_dict()))["recipe"] == "w4s50g16"
@@ -164,6 +221,7 @@ def test_bfloat16_stays(tmp_path: Path) -> None:
     ("arguments", "message"),
     [
         ({"recipe": "w4s30g128"}, "do not divide the 64 inputs of layer model.layers.0"),
+        ({"recipe": Recipe("mine", 4, 30, 16, head=Head(4, 128))}, "the 64 inputs of the head; gi"),
         ({"balance": "column"}, "balance is column; it must be one of"),
         ({"samples": 0}, "at least 1 sample"),
         ({"sequence_length": 1}, "at least 2 tokens"),
@@ -217,11 +275,11 @@ def test_family_defaults_count_in_compression(
         return torch.full((samples, length), 5)
 
     monkeypatch.setattr(tokens_module, "sample_text", sample)
-    compress_model(str(dense), tmp_path / "out", "w4s30g16", **QUICK)
+    compress_model(str(dense), tmp_path / "out", Recipe("mine", 4, 30, 16), **QUICK)
     assert starts == [2]
     with CheckpointReader(tmp_path / "out") as reader:
         assert "lm_head.weight" not in reader.tensor_names
-        assert reader.config["tie_word_embeddings"] is True
+        assert reader.config["tie_word_embeddings"] is True  # this recipe leaves the head alone
 
 
 def test_a_compressed_model_is_refused(llama: Path, tmp_path: Path) -> None:

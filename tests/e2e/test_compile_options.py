@@ -12,9 +12,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from gqsa_compiler import artefact as artefacts
+from gqsa_compiler import bundle as bundles
 from gqsa_compiler import compile as gqsa_compile
-from gqsa_compiler import runtime
+from gqsa_compiler import runtime, toolchain
 from gqsa_compiler.errors import CompileError, UsageError
 from gqsa_compiler.runtime.manifest import Manifest
 from gqsa_compiler.schedules.table import default_activations
@@ -60,6 +60,7 @@ def test_the_artefact_is_whole(artefact: Path) -> None:
         "lib",
     } <= names
     assert {path.name for path in (artefact / "lib").iterdir()} == {
+        "SHA256SUMS",
         "libtvm_runtime.so",
         "libtvm_runtime_extra.so",
         "libtvm_ffi.so",
@@ -200,8 +201,8 @@ def test_no_fallback_names_the_layers_that_stayed_dense(dense: Path, tmp_path: P
 def test_bundles_need_the_targets_libraries(
     checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(artefacts, "_linker", lambda _target: "g++")
-    monkeypatch.setattr(artefacts, "native_folder", lambda arch: tmp_path / "nowhere" / arch)
+    monkeypatch.setattr(bundles, "library_linker", lambda _target: None)
+    monkeypatch.setenv("GQSA_NATIVE", str(tmp_path / "nowhere"))
     with pytest.raises(CompileError, match="--bundle needs the runtime libraries for aarch64"):
         gqsa_compile(str(checkpoint), tmp_path / "out", target="aarch64", bundle=True)
     assert list(tmp_path.iterdir()) == []
@@ -211,6 +212,7 @@ def test_a_missing_linker_is_found_before_any_work(
     checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(shutil, "which", lambda _name: None)
+    monkeypatch.setattr(toolchain, "find_zig", lambda: None)
     with pytest.raises(CompileError, match=r"aarch64 needs aarch64-linux-gnu-g\+\+.*apt-get"):
         gqsa_compile("no such model", tmp_path / "out", target="aarch64")
     with pytest.raises(CompileError, match=r"cpu needs g\+\+"):

@@ -67,6 +67,25 @@ def test_it_computes_what_our_own_model_does(checkpoint: Path) -> None:
     assert torch.equal(model.generate(TOKENS, max_new_tokens=8, do_sample=False), ours)
 
 
+@pytest.mark.parametrize("family", ["llama", "gemma3"])
+def test_a_compressed_head_beside_its_embedding(family: str, tmp_path: Path) -> None:
+    """Both families tie the two; the checkpoint says that they are not tied any more."""
+    dense = make_tiny(family, tmp_path / "dense")
+    path = make_checkpoint(dense, tmp_path / "ckpt", head=LayerScheme(4, 32, False, 0.0))
+    model = load(path)
+    assert isinstance(model.lm_head, GQSALinear)
+    assert model.lm_head.nnz == model.lm_head.out_features * model.lm_head.in_features // 32
+    source = resolve(str(path))
+    assert torch.equal(logits(model), logits(load_checkpoint_dense(source)))
+    table = torch.from_numpy(source.tensor("model.embed_tokens.weight").astype(np.float32))
+    assert torch.equal(model.get_input_embeddings().weight, table)
+    model.save_pretrained(tmp_path / "saved")
+    with CheckpointReader(tmp_path / "saved") as saved:
+        validate(saved)
+        assert "lm_head" in saved.layer_names
+    assert torch.equal(logits(load(tmp_path / "saved")), logits(model))
+
+
 def test_memory_is_that_of_the_codes(checkpoint: Path) -> None:
     model = load(checkpoint)
     module = next(m for m in model.modules() if isinstance(m, GQSALinear))

@@ -13,6 +13,8 @@ from gqsa_compiler.passes.select_norms import SelectNorms
 from gqsa_compiler.targets import parse_target
 from tests.passes.helpers import apply, ops
 
+CPU = parse_target("cpu")
+
 
 @tvm.script.ir_module
 class Norms:
@@ -34,19 +36,19 @@ def lowered() -> tvm.IRModule:
     transform = relax.transform
     return apply(
         Norms,
-        SelectNorms(),
+        SelectNorms(CPU),
         transform.LegalizeOps(),
         transform.AnnotateTIROpPattern(),
         transform.FuseOps(),
         transform.FuseTIR(),
         transform.DeadCodeElimination(),
-        ScheduleRest(),
+        ScheduleRest(CPU),
         CheckScheduled(),
     )
 
 
 def test_norms_call_our_kernels() -> None:
-    mod = apply(Norms, SelectNorms())
+    mod = apply(Norms, SelectNorms(CPU))
     assert ops(mod)[:2] == ["relax.call_tir", "relax.call_tir"]
     names = sorted(str(g.name_hint) for g in mod.get_global_vars())
     assert names == ["layer_norm_48", "main", "rms_norm_48"]
@@ -62,7 +64,7 @@ def test_a_norm_over_another_axis_is_left_alone() -> None:
                 R.output(out)
             return out
 
-    assert ops(apply(Columns, SelectNorms())) == ["relax.nn.rms_norm"]
+    assert ops(apply(Columns, SelectNorms(CPU))) == ["relax.nn.rms_norm"]
 
 
 def test_everything_is_scheduled_and_elementwise_code_is_vectorised() -> None:
@@ -97,7 +99,7 @@ def test_an_unscheduled_reduction_is_an_error_that_names_it() -> None:
                         out[vi] = T.float32(0)
                     out[vi] = out[vi] + x[vi, vj]
 
-    mod = ScheduleRest()(Sum)
+    mod = ScheduleRest(CPU)(Sum)
     assert SCHEDULED not in (mod["row_sum"].attrs or {})
     with pytest.raises(CompileError, match="No schedule covers row_sum"):
         CheckScheduled()(mod)

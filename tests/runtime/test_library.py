@@ -58,7 +58,10 @@ def test_a_system_that_tells_no_flags_is_believed(tmp_path: Path) -> None:
     ("change", "words"),
     [
         (lambda m: target(m).update(arch="sparc64"), r"\(sparc64\) and this machine is"),
-        (lambda m: target(m).update(device_type=2, kind="cuda"), r"\(cuda\), which this release"),
+        (
+            lambda m: target(m).update(device_type=4, kind="opencl"),
+            r"\(opencl\), which this release",
+        ),
         (lambda m: target(m).update(flags=["avx9000"]), "this machine lacks avx9000"),
         (lambda m: m["versions"].update(tvm="0.26.0"), "apache-tvm 0.26.0 and .* is installed"),
         (lambda m: m["versions"].update(tvm_ffi="0.2.0"), "apache-tvm-ffi==0.2.0 or compile again"),

@@ -1,7 +1,13 @@
 from __future__ import annotations
 
+import gc
 import json
 import math
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
@@ -9,6 +15,8 @@ from typing import Any
 import numpy as np
 import pytest
 
+from gqsa_compiler.runtime import model as model_module
+from gqsa_compiler.runtime.engine import Session
 from gqsa_compiler.runtime.errors import ArtefactError, UsageError
 from gqsa_compiler.runtime.generation import Request, sampling_options
 from gqsa_compiler.runtime.model import Model, load
@@ -53,6 +61,13 @@ def test_batch_is_its_singles(model: Model, options: dict[str, Any]) -> None:
     assert model.generate_batch([]) == []
 
 
+@pytest.fixture(params=[0.0, 0.02], ids=["a step at a time", "slices"])
+def _slices(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The toy model is so quick that it ends within one slice."""
+    monkeypatch.setattr(model_module, "_SLICE", request.param)
+
+
+@pytest.mark.usefixtures("_slices")
 def test_stream_is_the_text(model: Model) -> None:
     stream = model.stream("the", **HOT)
     with pytest.raises(UsageError, match="stream has not ended"):
@@ -63,6 +78,7 @@ def test_stream_is_the_text(model: Model) -> None:
     assert "".join(pieces) == stream.result.text == model.generate("the", **HOT).text
 
 
+@pytest.mark.usefixtures("_slices")
 def test_streams_read_in_turn_are_those_read_alone(model: Model) -> None:
     alone = [model.generate(prompt, max_tokens=30, ignore_eos=True).text for prompt in PROMPTS[:2]]
     streams = [model.stream(prompt, max_tokens=30, ignore_eos=True) for prompt in PROMPTS[:2]]
@@ -72,6 +88,7 @@ def test_streams_read_in_turn_are_those_read_alone(model: Model) -> None:
     assert texts == alone
 
 
+@pytest.mark.usefixtures("_slices")
 def test_what_fails_in_a_stream_comes_after_the_text_before_it(
     model: Model, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -92,14 +109,64 @@ def test_what_fails_in_a_stream_comes_after_the_text_before_it(
     assert model.generate("the man", max_tokens=2).token_ids  # its place is free again
 
 
+@pytest.mark.usefixtures("_slices")
 def test_a_closed_model_s_stream_can_be_dropped(artefact: Path) -> None:
     model = load(artefact)
     stream = model.stream("the man", max_tokens=30, ignore_eos=True)
     next(stream)
     model.close()
-    stream._pieces.close()
+    del stream
+    gc.collect()
 
 
+def test_a_result_waits_for_the_stream_s_end(model: Model) -> None:
+    stream = model.stream("the", **HOT)  # ends within its first slice
+    next(stream)
+    with pytest.raises(UsageError, match="stream has not ended"):
+        _ = stream.result
+
+
+def test_others_have_their_turn_during_a_long_prompt(
+    model: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A prompt of several chunks is several slices."""
+    seen: list[str] = []
+    real = Session.prefill_chunks
+
+    def slow(self: Session, *args: Any) -> Iterator[np.ndarray | None]:
+        for logits in real(self, *args):
+            seen.append("chunk")
+            time.sleep(0.03)
+            yield logits
+
+    monkeypatch.setattr(Session, "prefill_chunks", slow)
+    other = model.session(threads=model.threads)
+    sequence = other.add()
+    long = [3] * (4 * toy.CHUNK + 1)
+    thread = threading.Thread(target=lambda: model.generate(long, max_tokens=1))
+    thread.start()
+    while not seen:
+        time.sleep(0.001)
+    other.prefill(sequence, [5])
+    seen.append("other")
+    thread.join()
+    other.close()
+    assert seen.index("other") < 5  # its own chunk is among them
+
+
+def test_an_open_stream_at_the_end_of_the_program_is_silent(artefact: Path) -> None:
+    program = (
+        "import sys; from gqsa_compiler.runtime import load\n"
+        "stream = load(sys.argv[1]).stream('the man', max_tokens=60, ignore_eos=True)\n"
+        "next(stream)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program, str(artefact)], capture_output=True, text=True, check=True
+    )
+    assert done.stderr == ""
+
+
+@pytest.mark.usefixtures("_slices")
 def test_a_stream_left_early_frees_its_place(model: Model) -> None:
     for _ in range(2 * toy.BATCH):
         stream = model.stream("the", **HOT)

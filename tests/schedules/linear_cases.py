@@ -15,12 +15,14 @@ from gqsa_compiler._tvm import Target, tvm
 from gqsa_compiler.checkpoint import BSRLayer, pack_codes
 from gqsa_compiler.passes import cpu_code
 from gqsa_compiler.schedules import reference
+from gqsa_compiler.schedules.arm import wide
+from gqsa_compiler.schedules.arm.bsr import has_matrices
 from gqsa_compiler.schedules.generic.config import GenericConfig
 from gqsa_compiler.schedules.rule import KernelConfig, ScheduleRule
 from gqsa_compiler.schedules.spec import LinearSpec
 from gqsa_compiler.schedules.table import rules_for
 from gqsa_compiler.schedules.x86.bsr import has_bfloat16
-from gqsa_compiler.schedules.x86.wide import LEAST
+from gqsa_compiler.schedules.x86.config import LEAST
 from gqsa_compiler.targets import TargetSpec, parse_target
 
 Array = npt.NDArray[Any]
@@ -160,8 +162,12 @@ class Bounds:
 
 
 def rounds_to_bfloat16(spec: LinearSpec, tokens: int, target: TargetSpec) -> bool:
-    """Say whether the x86 kernels multiply so many tokens as bfloat16."""
-    return spec.activation_dtype == "int16" and tokens >= LEAST and has_bfloat16(target)
+    """Say whether the x86 or Arm kernels multiply so many tokens as bfloat16."""
+    if spec.activation_dtype != "int16":
+        return False
+    if target.arch == "aarch64":
+        return tokens >= wide.LEAST and has_matrices(spec, target)
+    return tokens >= LEAST and has_bfloat16(target)
 
 
 def expected(

@@ -16,13 +16,13 @@ from gqsa_compiler.schedules.table import (
     rules_for,
     select,
 )
-from gqsa_compiler.targets import TARGET_NAMES, parse_target, parse_targets
+from gqsa_compiler.targets import CPU_NAMES, GPU_NAMES, parse_target, parse_targets
 
 SPARSE = LinearSpec(64, 128, "bsr", "int4", 16, 100)
 DENSE = LinearSpec(64, 128, "dense", "float16")
 
 
-@pytest.mark.parametrize("target", TARGET_NAMES)
+@pytest.mark.parametrize("target", CPU_NAMES)
 def test_the_generic_rules_always_apply(target: str) -> None:
     spec = parse_target(target)
     assert select(SPARSE, spec)[0].name == "generic.bsr_int4"
@@ -41,14 +41,18 @@ def test_the_default_configuration_is_the_first_of_the_space(spec: LinearSpec) -
     assert config == rule.space(spec, target)[0]
 
 
-def test_int16_activations_have_kernels_on_x86_only() -> None:
+def test_int16_activations_have_kernels_on_x86_and_arm() -> None:
     sixteen = replace(SPARSE, activation_dtype="int16")
-    for name in TARGET_NAMES:
+    for name in CPU_NAMES:
         target = parse_target(name)
         if "avx2" in target.features:
             assert default_activations(target) == "int16"
             check_activations("int16", target)
             assert select(sixteen, target)[0].name == "x86.bsr_int4"
+        elif target.arch == "aarch64":
+            assert default_activations(target) == "int16"
+            check_activations("int16", target)
+            assert select(sixteen, target)[0].name == "arm.bsr_int4"
         else:
             assert default_activations(target) == "float32"
             with pytest.raises(UsageError, match=f"int16 activations for target {name}"):
@@ -67,10 +71,27 @@ def test_which_targets_share_packed_weights() -> None:
             check_shared_weights(dtype, x86)
 
 
-def test_a_target_without_kernels_is_refused() -> None:
-    target = replace(parse_target("cpu"), kind="cuda", name="cuda")
-    with pytest.raises(CompileError, match="no kernels for target cuda"):
-        select(SPARSE, target)
+@pytest.mark.parametrize("name", GPU_NAMES)
+def test_what_runs_on_a_gpu(name: str) -> None:
+    target = parse_target(name)
+    assert default_activations(target) == "float16"
+    for dtype in ("float16", "int16"):
+        check_activations(dtype, target)  # type: ignore[arg-type]
+        spec = replace(SPARSE, activation_dtype=dtype)  # type: ignore[arg-type]
+        assert select(spec, target)[0].name == "cuda.bsr_int4"
+        head = replace(spec, weight_dtype="int8", nnz=64 * 8, symmetric=True)
+        assert select(head, target)[0].name == "cuda.bsr_int8"
+    assert select(DENSE, target)[0].name == "cuda.dense"
+    for wrong in ("float32", "int8"):
+        with pytest.raises(UsageError, match=f"no kernels with {wrong} activations for"):
+            check_activations(wrong, target)  # type: ignore[arg-type]
+    with pytest.raises(CompileError, match=r"No kernel of target .* runs a bsr layer of int8"):
+        select(replace(SPARSE, weight_dtype="int8", activation_dtype="int16"), target)
+
+
+def test_float16_activations_are_for_gpus() -> None:
+    with pytest.raises(UsageError, match="float16 activations for target x86-64-v3, only for GPUs"):
+        check_activations("float16", parse_target("x86-64-v3"))
 
 
 @pytest.mark.parametrize(

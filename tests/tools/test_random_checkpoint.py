@@ -55,6 +55,34 @@ def test_checkpoint_is_whole_and_runs(tmp_path: Path, config: dict[str, Any]) ->
     assert 0.3 < float(logits.std()) < 3
 
 
+def test_compressed_head(tmp_path: Path, config: dict[str, Any]) -> None:
+    import torch
+
+    from gqsa_compiler.frontends.torch_model import load_checkpoint_dense
+
+    directory = tmp_path / "random"
+    write_checkpoint({**config, "tie_word_embeddings": True}, directory, Scheme(),
+                     head=Scheme(0.0, 32, 8))  # fmt: skip
+    with CheckpointReader(directory) as reader:
+        validate(reader)
+        head = reader.layer("lm_head")
+        assert (head.bits, head.group_size, head.sparsity) == (8, 32, 0.0)
+        assert head.shape == (config["vocab_size"], config["hidden_size"])
+        assert reader.config["tie_word_embeddings"] is False
+        assert reader.quantization.ignore == ()
+        assert "model.embed_tokens.weight" in reader.tensor_names
+    with torch.inference_mode():
+        logits = load_checkpoint_dense(resolve(str(directory)))(torch.arange(32)[None]).logits
+    assert 0.3 < float(logits.std()) < 3
+    with pytest.raises(UsageError, match=r"24 inputs of lm_head\.weight; .*--head-group"):
+        write_checkpoint(
+            {**config, "hidden_size": 24},
+            tmp_path / "b",
+            Scheme(group_size=8),
+            head=Scheme(0.0, 16, 4),
+        )
+
+
 def test_seed_decides_the_weights(tmp_path: Path, config: dict[str, Any]) -> None:
     name = "model.layers.2.mlp.down_proj"
     codes = []
@@ -94,7 +122,13 @@ def test_made_up_tokenizer_has_every_id(tmp_path: Path, config: dict[str, Any]) 
 
 
 @pytest.mark.parametrize(
-    ("name", "weights"), [("llama-3.2-1b", 1.04e9), ("llama-2-7b", 6.74e9), ("smollm2-135m", 134e6)]
+    ("name", "weights"),
+    [
+        ("llama-3.2-1b", 1.236e9),
+        ("llama-3.2-1b-32k", 1.04e9),
+        ("llama-2-7b", 6.74e9),
+        ("smollm2-135m", 134e6),
+    ],
 )
 def test_named_shapes_have_their_sizes(name: str, weights: float) -> None:
     count = sum(int(np.prod(shape)) for _, shape in tensor_shapes(SHAPES[name]))

@@ -17,6 +17,7 @@ from gqsa_compiler.compress.blocks import (
     release,
     run_block,
 )
+from gqsa_compiler.compress.phases import head
 from gqsa_compiler.compress.phases.plan import Plan
 from gqsa_compiler.compress.recipes.recipe import Recipe
 from gqsa_compiler.compress.solver.block_oneshot import BlockState, compress_block
@@ -72,14 +73,14 @@ class BlockPhase:
     def run(
         self, tokens: Tensor, work: WorkDirectory, log: RunLog, progress: Progress
     ) -> list[float]:
-        """Compress every block that the work directory does not have.
+        """Compress every block that the work directory does not have, and then the head.
 
         Parameters
         ----------
         tokens : int64 [S, T]
             Calibration sequences.
         work : WorkDirectory
-            Gets a state a block, named by `block_state`.
+            Gets a state a block, named by `block_state`, and the head's if the recipe has one.
         log : RunLog
         progress : callable
             Called with (stage, done, total).
@@ -92,7 +93,8 @@ class BlockPhase:
         model = build_model(self.source)
         blocks = model.get_submodule(self.prefix)
         count = len(blocks)
-        if work.has(block_state(BLOCK_STATE, count - 1)):
+        heads = self.recipe.head is not None and not work.has(head.STATE)
+        if work.has(block_state(BLOCK_STATE, count - 1)) and not heads:
             return [_loss(work, index) for index in range(count)]
         load_parameters(model, "", self.source, skip=f"{self.prefix}.")
         place_rest(model, blocks, self.device)
@@ -155,6 +157,8 @@ class BlockPhase:
             del state, one_shot, outputs  # the block and its inputs are done with
             release(block)
         progress(STAGE, count, count)
+        if heads:
+            head.one_shot_head(model, blocks, batches, inputs, self.recipe, work, log, progress)
         return losses
 
 

@@ -11,10 +11,12 @@ from torch import Tensor, nn
 
 from gqsa_compiler.compress.blocks import linear_layers
 from gqsa_compiler.compress.phases.block import load_block
+from gqsa_compiler.compress.phases.head import attach_head, save_head
 from gqsa_compiler.compress.recipes.recipe import ModelStage, Recipe
 from gqsa_compiler.compress.store import round_as_stored
 from gqsa_compiler.compress.training.attach import attach, results
 from gqsa_compiler.compress.training.checkpointing import needs_checkpoints, use_checkpoints
+from gqsa_compiler.compress.training.course import Course
 from gqsa_compiler.compress.training.model_stage import ModelTrainer, Step, norm_parameters
 from gqsa_compiler.compress.training.optimizer import grouped_layers
 from gqsa_compiler.compress.training.ranks import Ranks
@@ -129,11 +131,13 @@ class ModelPhase:
         resumed = work.has(stage)
         self.ranks.announce({"stage": stage, "previous": previous, "resumed": resumed})
         model, trainer = self._trainer(stage, previous, tokens, teacher, work)
-        recent = _go_on(trainer, work.load(stage))
-        divergence = self._train(stage, trainer, recent, work, log, progress, status)
+        course = _go_on(trainer, work.load(stage))
+        divergence = self._train(stage, trainer, course, work, log, progress, status)
         for index, block in enumerate(model.get_submodule(self.prefix)):
             done = results(grouped_layers(block), f"{self.prefix}.{index}")
             work.save(block_state(stage, index), to_tensors(done), {})
+        if self.recipe.head is not None:
+            save_head(model, work, stage)
         norms = {name: weight.detach() for name, weight in norm_parameters(model)}
         work.save(done_name(stage), norms, {"divergence": divergence})
         work.remove(stage)
@@ -175,6 +179,9 @@ class ModelPhase:
             if settings.weight_rate > 0:
                 latents = {path: weight.decode() for path, weight in weights.items()}
             attach(block, weights, self.dtype, latents=latents)
+        dense_head = None
+        if self.recipe.head is not None:
+            dense_head = attach_head(model, work, previous, self.dtype).to(self.device)
         load_norms(model, work, previous)
         model.to(self.device)
         # Processes have a GPU each, but all of them one CPU's memory.
@@ -191,6 +198,7 @@ class ModelPhase:
             seed=self.seed,
             dtype=self.dtype,
             ranks=self.ranks,
+            dense_head=dense_head,
         )
         return model, trainer
 
@@ -198,7 +206,7 @@ class ModelPhase:
         self,
         stage: str,
         trainer: ModelTrainer,
-        recent: list[float],
+        course: Course,
         work: WorkDirectory,
         log: RunLog,
         progress: Progress,
@@ -211,13 +219,13 @@ class ModelPhase:
             step = trainer.train_step()
             log.write(_event(stage, step, remaining.seconds(step.step, step.steps)))
             status(f"loss {step.losses.total:.3f}, KL {step.losses.divergence:.3f}")
-            recent = [*recent, step.losses.divergence][-max(1, trainer.steps // 10) :]
+            course.add(step.losses)
             if time.monotonic() - saved > SAVE_SECONDS and step.step < step.steps:
-                state = {**trainer.state(), "recent": torch.tensor(recent, dtype=torch.float64)}
+                state = {**trainer.state(), **course.tensors()}
                 work.save(stage, state, {"step": step.step})
                 saved = time.monotonic()
         progress(f"training {stage}", trainer.steps, trainer.steps)
-        return sum(recent) / len(recent)
+        return course.divergence(stage)
 
     def _teacher(
         self, tokens: Tensor, work: WorkDirectory, log: RunLog, progress: Progress
@@ -274,14 +282,14 @@ def load_norms(model: nn.Module, work: WorkReader, stage: str) -> None:
             weight.copy_(found[0][name])
 
 
-def _go_on(trainer: ModelTrainer, found: State | None) -> list[float]:
-    """Go on from a saved state, if there is one; returns the latest steps' divergences."""
+def _go_on(trainer: ModelTrainer, found: State | None) -> Course:
+    """Go on from a saved state, if there is one; returns what its steps have come to."""
     if found is None:
-        return []
+        return Course(trainer.steps)
     tensors, metadata = found
-    recent: list[float] = tensors.pop("recent").tolist()
+    course = Course.resume(trainer.steps, tensors)
     trainer.load_state(tensors, int(metadata["step"]))
-    return recent
+    return course
 
 
 def _event(stage: str, step: Step, left: float | None) -> LogStep:

@@ -9,7 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from gqsa_compiler.checkpoint import CheckpointWriter
+from gqsa_compiler.compress.blocks import HEAD
 from gqsa_compiler.compress.phases.block import load_block
+from gqsa_compiler.compress.phases.head import load_head
 from gqsa_compiler.compress.phases.model import ModelPhase
 from gqsa_compiler.compress.recipes.recipe import LayerTarget, Recipe
 from gqsa_compiler.compress.report import REPORT_FILE
@@ -42,7 +44,7 @@ class WritePhase:
         The linear layers of each block, by their path inside it.
     recipe : Recipe
     tied : bool
-        The head is the embedding.
+        The dense model's head is its embedding.
     output : Path
     overwrite : bool
     """
@@ -86,26 +88,30 @@ class WritePhase:
         quant = quantization(
             self.recipe, {name: targets[name] for name in names if name in targets}
         )
-        config = model_config(self.source, tied=self.tied)
+        heads = self.recipe.head is not None
+        config = model_config(self.source, tied=self.tied and not heads)
         with CheckpointWriter(self.output, config, quant, overwrite=self.overwrite) as writer:
             work.save(STATE, {}, {"directory": str(writer.directory)})
             self.source.save_tokenizer(writer.directory)
             store = ModelStore(writer, self.source)
-            skip = {"lm_head.weight"} if self.tied else set()
+            skip = {f"{HEAD}.weight"} if self.tied or heads else set()
             for index, paths in enumerate(self.paths):
                 progress(STAGE, index, len(self.paths))
                 name = f"{self.prefix}.{index}"
                 store.add_layers(name, load_block(work, stage, index, paths))
                 skip |= {f"{name}.{path}.weight" for path in paths}
+            if heads:
+                store.add_head(load_head(work, stage), tied=self.tied)
             store.add_rest(frozenset(skip), whole.norms(work))
             written = store.written()
             log.write(
                 Finish(
                     time.monotonic() - started,
-                    sum(layer.n * layer.k for layer in written.layers),
+                    written.weights,
                     written.bytes,
                     written.other_bytes,
                     written.dense_bytes,
+                    0 if written.head is None else written.head.bytes,
                 )
             )
             shutil.copyfile(log.path, writer.directory / LOG_FILE)

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 from gqsa_compiler.compress.recipes.recipe import (
     STAGES,
     BlockStage,
+    Head,
     ModelStage,
     Recipe,
     Score,
@@ -24,6 +25,9 @@ BASELINE = "baseline/"
 
 NO_STAGES = "none"
 """The name of no training at all, where stages are named."""
+
+MOST_HEAD_BITS = 4
+"""GQSA recipes of at most so many bits compress the head too, by default settings."""
 
 _NUMBER = "(0|[1-9][0-9]{0,3})"
 _GQSA = re.compile(f"w{_NUMBER}s{_NUMBER}g{_NUMBER}")
@@ -154,7 +158,8 @@ def parse_recipe(name: str, stages: Sequence[str] | None = None) -> Recipe:
             raise _unknown(name)
         bits, percent, group = map(int, found.groups())
         balance = "model" if percent else "matrix"
-        recipe = Recipe(name, bits, percent, group, score="fisher", balance=balance)
+        head = Head() if bits <= MOST_HEAD_BITS else None
+        recipe = Recipe(name, bits, percent, group, score="fisher", balance=balance, head=head)
         recipe = with_stages(recipe, STAGES)
     return recipe if stages is None else with_stages(recipe, stages)
 

@@ -60,6 +60,37 @@ class LayerTarget:
 
 
 @dataclass(frozen=True)
+class Head:
+    """What the language-model head becomes: all of its groups stay.
+
+    Parameters
+    ----------
+    bits : int
+        Bits of a code: 2, 3, 4 or 8.
+    group_size : int
+        Consecutive input features of a group: a power of two, 8 to 256.
+
+    Raises
+    ------
+    UsageError
+        A number is out of range.
+    """
+
+    bits: int = 4
+    group_size: int = 32
+
+    def __post_init__(self) -> None:
+        """Check the numbers."""
+        one_of("bits", self.bits, BITS)
+        one_of("group_size", self.group_size, GROUP_SIZES)
+
+    @property
+    def target(self) -> LayerTarget:
+        """The head as a layer."""
+        return LayerTarget(self.bits, self.group_size, 0.0)
+
+
+@dataclass(frozen=True)
 class BlockStage:
     """Stage one (BQPO): each decoder block is trained against the dense block's outputs.
 
@@ -185,7 +216,10 @@ class Recipe:
         The training stages; None skips one.
     budget : Budget, optional
         A size for all layers together: each layer's sparsity, and perhaps its group size and
-        bits, are chosen for it.
+        bits, are chosen for it. The head is not in it.
+    head : Head, optional
+        What the language-model head becomes. None leaves it in 16 bits; the compiler rounds such
+        a head to 8.
 
     Raises
     ------
@@ -205,6 +239,7 @@ class Recipe:
     weights: ModelStage | None = None
     scales: ModelStage | None = None
     budget: Budget | None = None
+    head: Head | None = None
 
     def __post_init__(self) -> None:
         """Check the numbers, and that the settings go together."""

@@ -12,7 +12,7 @@ from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_
 
 from gqsa_compiler.compress.recipes.budget import Budget, parse_budget
 from gqsa_compiler.compress.recipes.presets import default_stages, parse_recipe, with_stages
-from gqsa_compiler.compress.recipes.recipe import STAGES, BlockStage, ModelStage, Recipe
+from gqsa_compiler.compress.recipes.recipe import STAGES, BlockStage, Head, ModelStage, Recipe
 from gqsa_compiler.compress.recipes.strict_yaml import read_settings
 from gqsa_compiler.errors import UsageError
 
@@ -20,11 +20,18 @@ SUFFIXES = (".yaml", ".yml")
 """What the names of recipe files end in."""
 
 _REQUIRED = ("bits", "sparsity_percent", "group_size")
-_Stage = TypeVar("_Stage", BlockStage, ModelStage)
+_Settings = TypeVar("_Settings", BlockStage, ModelStage, Head)
 _HINTS: dict[type, dict[str, Any]] = {
-    cls: get_type_hints(cls) for cls in (BlockStage, ModelStage, Budget)
+    cls: get_type_hints(cls) for cls in (BlockStage, ModelStage, Budget, Head)
 }
 _HINTS[Recipe] = get_type_hints(Recipe, localns={"Budget": Budget})
+_GROUPS: dict[str, type] = {
+    "block": BlockStage,
+    "weights": ModelStage,
+    "scales": ModelStage,
+    "head": Head,
+}
+"""The settings that have settings of their own."""
 _WORDS = {int: "a whole number", float: "a number", str: "a text"}
 
 
@@ -58,7 +65,7 @@ def recipe_to_dict(recipe: Recipe) -> dict[str, Any]:
         value = getattr(recipe, field.name)
         if isinstance(value, Budget):
             value = value.to_dict()
-        elif isinstance(value, (BlockStage, ModelStage)):
+        elif isinstance(value, (BlockStage, ModelStage, Head)):
             hints = _HINTS[type(value)]
             # 2 and 2.0 are the same setting, so their records are too.
             value = {
@@ -88,9 +95,9 @@ def recipe_from_dict(values: Mapping[str, Any], where: str = "The recipe") -> Re
     read: dict[str, Any] = {}
     for key, value in values.items():
         place = f"{where}: {key}"
-        if key in STAGES and value is not None:
-            kind = BlockStage if key == "block" else ModelStage
-            settings = _stage_settings(kind, value, place)
+        if key in _GROUPS and value is not None:
+            kind = _GROUPS[key]
+            settings = _group_settings(kind, value, place)
             _check_all(settings, _HINTS[kind], place)
             read[key] = _made(partial(kind, **settings), place)
         elif key == "budget":
@@ -108,7 +115,7 @@ def _from_settings(values: dict[str, Any], path: Path) -> Recipe:
     plain = {
         key: _typed(value, hints[key], f"{where}: {key}")
         for key, value in values.items()
-        if key not in ("base", "budget", *STAGES)
+        if key not in ("base", "budget", *_GROUPS)
     }
     plain.setdefault("name", path.stem)
     if "base" in values:
@@ -127,27 +134,31 @@ def _from_settings(values: dict[str, Any], path: Path) -> Recipe:
     if "budget" in values:
         budget = _budget(values["budget"], f"{where}: budget")
         recipe = _made(partial(replace, recipe, budget=budget), where)
+    if "head" in values:
+        head = _group(recipe.head or Head(), values["head"], f"{where}: head")
+        recipe = _made(partial(replace, recipe, head=head), where)
     defaults = default_stages()
     for stage in STAGES:
         if stage in values:
             start = kept[stage] or getattr(defaults, stage)
-            kept[stage] = _stage(start, values[stage], f"{where}: {stage}")
+            kept[stage] = _group(start, values[stage], f"{where}: {stage}")
     return _made(partial(replace, recipe, **kept), where)
 
 
-def _stage(start: _Stage, value: Any, where: str) -> _Stage | None:
-    """Return a stage's settings on top of those it starts from; None if it is switched off."""
+def _group(start: _Settings, value: Any, where: str) -> _Settings | None:
+    """Return settings on top of those they start from; None if they are switched off."""
     if value is None:
         return None
-    settings = _stage_settings(type(start), value, where)
+    settings = _group_settings(type(start), value, where)
     return _made(partial(replace, start, **settings), where)
 
 
-def _stage_settings(kind: type, value: Any, where: str) -> dict[str, Any]:
+def _group_settings(kind: type, value: Any, where: str) -> dict[str, Any]:
     if not isinstance(value, Mapping):
+        without = "a head that is left as it is" if kind is Head else "no such stage"
         raise UsageError(
-            f"{where} must be settings (key: value), {{}} for the default ones, or null for no "
-            f"such stage, not {_shown(value)}."
+            f"{where} must be settings (key: value), {{}} for the default ones, or null for "
+            f"{without}, not {_shown(value)}."
         )
     hints = _HINTS[kind]
     _check_keys(value, hints, where)

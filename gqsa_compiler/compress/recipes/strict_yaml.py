@@ -56,7 +56,7 @@ def read_settings(path: Path) -> dict[str, Any]:
         _check_events(text)
         node = yaml.compose(text, yaml.SafeLoader)
         if not isinstance(node, yaml.MappingNode):
-            raise UsageError(f"The file {path} is not a list of settings (key: value).")
+            raise UsageError(f"The file {path} is not a mapping of settings (key: value a line).")
         return _mapping(node)
     except UnicodeDecodeError as error:
         raise UsageError(f"The file {path} is not UTF-8 text ({error}).") from error

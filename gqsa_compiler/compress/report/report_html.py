@@ -68,16 +68,29 @@ def render(record: RunRecord, name: str = "") -> str:
         _durations(record),
         _settings(record.start.settings if record.start else {}),
     ]
+    return page(
+        f"Compression of {name}" if name else "Compression",
+        _subtitle(record),
+        _warnings(record),
+        _tiles(record),
+        [section for section in sections if section is not None],
+    )
+
+
+def page(
+    title: str,
+    subtitle: str,
+    warnings: Sequence[str],
+    tiles: Sequence[tuple[str, str]],
+    sections: Sequence[Section],
+) -> str:
+    """Return a page that needs nothing else. Every text is escaped; charts are markup."""
     environment = Environment(autoescape=True, trim_blocks=True)
     template = environment.from_string(
         files(__package__).joinpath(_TEMPLATE).read_text(encoding="utf-8")
     )
     return template.render(
-        title=f"Compression of {name}" if name else "Compression",
-        subtitle=_subtitle(record),
-        warnings=_warnings(record),
-        tiles=_tiles(record),
-        sections=[section for section in sections if section is not None],
+        title=title, subtitle=subtitle, warnings=warnings, tiles=tiles, sections=sections
     )
 
 
@@ -105,7 +118,7 @@ def _warnings(record: RunRecord) -> list[str]:
 def _tiles(record: RunRecord) -> list[tuple[str, str]]:
     tiles = []
     if record.finish is not None:
-        stored = sum(record.finish.bytes.values()) + record.finish.other_bytes
+        stored = record.finish.stored_bytes
         tiles.append(("bits a weight, compressed layers", f"{record.finish.bits_per_weight:.3f}"))
         tiles.append(("checkpoint", bytes_text(stored)))
         if record.finish.dense_bytes and stored:
@@ -217,8 +230,11 @@ def _stage(index: int, stage: str, steps: Sequence[Step]) -> Section:
 def _bytes(finish: Finish | None) -> Section | None:
     if finish is None:
         return None
-    parts = [*finish.bytes.items(), ("other tensors, as they were", finish.other_bytes)]
-    total = sum(count for _, count in parts) or 1
+    parts = list(finish.bytes.items())
+    if finish.head_bytes:
+        parts.append(("the head, compressed", finish.head_bytes))
+    parts.append(("other tensors, as they were", finish.other_bytes))
+    total = finish.stored_bytes or 1
     title = "Bytes of the checkpoint"
     text = f"{bytes_text(total)} by kind."
     chart = bar_chart(Caption("bytes", title, text), [(k, float(n)) for k, n in parts], bytes_text)
@@ -236,7 +252,7 @@ def _bytes(finish: Finish | None) -> Section | None:
         rows.append(("the dense model", f"{finish.dense_bytes:,}", "", ""))
     return Section(
         title,
-        f"The compressed layers take {finish.bits_per_weight:.3f} bits for each of their "
+        f"The blocks' compressed layers take {finish.bits_per_weight:.3f} bits for each of their "
         f"{finish.weights:,} weights, dropped ones too, with all scales, zero points and indices.",
         chart,
         ("kind", "bytes", "share", "bits a weight"),

@@ -95,6 +95,68 @@ class GroupedLinear(nn.Module):
             units = torch.maximum(torch.minimum(units, self.max_code - zero, out=units), -zero)
         return self.drop(units)
 
+    @torch.no_grad()
+    def decoded(self) -> Tensor:
+        """Return the weight that the layer computes with now, [N, K] in its dtype."""
+        stored, rounded = self.grid()
+        return self.units(stored, rounded).mul_(stored).flatten(1).to(self.dtype)
+
+    @torch.no_grad()
+    def pass_back(self, slope: Tensor) -> None:
+        """Set the gradients of what is trained, for a layer that computes outside of `forward`.
+
+        Parameters
+        ----------
+        slope : float32 [N, K]
+            The gradient with respect to the decoded weight. Changed.
+        """
+        by_latent, by_scale, by_zero = self.slopes(slope, zero=self.zero.requires_grad)
+        for parameter, gradient in (
+            (self.latent, by_latent),
+            (self.scale, by_scale),
+            (self.zero, by_zero),
+        ):
+            if parameter is not None and parameter.requires_grad:
+                parameter.grad = gradient
+
+    def slopes(self, slope: Tensor, *, zero: bool) -> tuple[Tensor | None, Tensor, Tensor | None]:
+        """Return the gradients of latent weights, scales and, if asked for, zero points.
+
+        Parameters
+        ----------
+        slope : float32 [N, K]
+            The gradient with respect to the decoded weight. Changed.
+        zero : bool
+            Whether those of the zero points are wanted.
+
+        Returns
+        -------
+        by_latent : float32 [N, K] or None
+            None where the codes are frozen.
+        by_scale : float32 [N, K/G]
+        by_zero : float32 [N, K/G] or None
+        """
+        slope = slope.view(self.grid_shape)
+        everywhere = slope.clone() if self.exploring else None
+        slope = self.drop(slope)
+        scale, middle = self.grid()
+        units = self.units(scale, middle)
+        if self.latent is None:
+            by_scale = units.mul_(slope).sum(-1)
+            by_zero = slope.sum(-1).mul_(-scale.squeeze(-1)) if zero else None
+            return None, by_scale, by_zero
+        ratio = self.latent.detach().view(self.grid_shape) / scale
+        low, high = -middle - 0.5, self.max_code - middle + 0.5
+        inside = (ratio >= low).logical_and_(ratio <= high)
+        by_scale = units.sub_(ratio.mul_(inside)).mul_(slope).sum(-1)
+        by_latent = slope * inside
+        if everywhere is not None:
+            by_latent += everywhere.mul_(~self.keep.unsqueeze(-1))
+        by_zero = None
+        if zero:
+            by_zero = slope.mul_(~inside).sum(-1).mul_(-scale.squeeze(-1))
+        return by_latent.flatten(1), by_scale, by_zero
+
     def drop(self, values: Tensor) -> Tensor:
         """Set what belongs to dropped weights to 0, in place; float32 [N, K/G, G]."""
         values.mul_(self.keep.unsqueeze(-1))
@@ -130,8 +192,7 @@ class _Product(torch.autograd.Function):
         zero: Tensor,
         layer: GroupedLinear,
     ) -> Tensor:
-        stored, rounded = layer.grid()
-        weight = layer.units(stored, rounded).mul_(stored).flatten(1).to(layer.dtype)
+        weight = layer.decoded()
         x = inputs.to(layer.dtype)
         ctx.layer = layer
         ctx.save_for_backward(x, weight)
@@ -151,26 +212,7 @@ class _Product(torch.autograd.Function):
         rows = gradient.reshape(-1, gradient.shape[-1])
         columns = x.reshape(-1, x.shape[-1])
         slope = _times(rows.T, columns).float()
-        slope = slope.view(layer.grid_shape)
-        everywhere = slope.clone() if layer.exploring else None
-        slope = layer.drop(slope)
-        scale, zero = layer.grid()
-        units = layer.units(scale, zero)
-        if layer.latent is None:
-            by_scale = units.mul_(slope).sum(-1)
-            by_zero = slope.sum(-1).mul_(-scale.squeeze(-1)) if ctx.needs_input_grad[3] else None
-            return back, None, by_scale, by_zero, None
-        ratio = layer.latent.detach().view(layer.grid_shape) / scale
-        low, high = -zero - 0.5, layer.max_code - zero + 0.5
-        inside = (ratio >= low).logical_and_(ratio <= high)
-        by_scale = units.sub_(ratio.mul_(inside)).mul_(slope).sum(-1)
-        by_latent = slope * inside
-        if everywhere is not None:
-            by_latent += everywhere.mul_(~layer.keep.unsqueeze(-1))
-        by_zero = None
-        if ctx.needs_input_grad[3]:
-            by_zero = slope.mul_(~inside).sum(-1).mul_(-scale.squeeze(-1))
-        return back, by_latent.flatten(1), by_scale, by_zero, None
+        return back, *layer.slopes(slope, zero=ctx.needs_input_grad[3]), None
 
 
 def _multiply(left: Tensor, right: Tensor) -> Tensor:

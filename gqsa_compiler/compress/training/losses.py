@@ -66,8 +66,11 @@ def distill(
     head: Tensor,
     share: float,
     cap: float | None = None,
+    *,
+    dense_head: Tensor | None = None,
+    head_gradient: Tensor | None = None,
 ) -> tuple[LossParts, Tensor]:
-    """Compare two models' final hidden states through the frozen output head.
+    """Compare two models' final hidden states through their output heads.
 
     The logits of `CHUNK_TOKENS` tokens are there at once, and the gradient is the closed form
     ``share (p - t) + (1 - share) (p - y)`` for the model's probabilities p, the dense model's t
@@ -82,11 +85,16 @@ def distill(
     next_tokens : int64 [T]
         What follows each token.
     head : float [V, H]
-        Its dtype is what products are computed in.
+        The compressed model's. Its dtype is what products are computed in.
     share : float
         Weight of the divergence, 0 to 1.
     cap : float, optional
         The logits are ``cap * tanh(product / cap)`` (Gemma's soft cap).
+    dense_head : float [V, H], optional
+        The dense model's, of the same dtype; without it both models have one head.
+    head_gradient : float32 [V, H], optional
+        The gradient of the total with respect to `head` is added to it. It is the one large
+        tensor here: as large as the head in float32.
 
     Returns
     -------
@@ -95,6 +103,7 @@ def distill(
         Of the total with respect to `hidden`.
     """
     tokens = len(hidden)
+    dense_head = head if dense_head is None else dense_head
     gradient = torch.empty(hidden.shape, dtype=torch.float32, device=hidden.device)
     divergence = cross_entropy = 0.0
     for start in range(0, tokens, CHUNK_TOKENS):
@@ -102,7 +111,7 @@ def distill(
         logits = _logits(hidden[rows], head, cap)
         slope = None if cap is None else 1 - (logits / cap).square_()
         ours = logits.log_softmax(-1)
-        theirs = _logits(teacher[rows], head, cap).log_softmax(-1)
+        theirs = _logits(teacher[rows], dense_head, cap).log_softmax(-1)
         chances = theirs.exp()
         divergence += float((chances * (theirs - ours)).sum())
         answer = next_tokens[rows, None]
@@ -111,7 +120,10 @@ def distill(
         slopes.scatter_add_(-1, answer, torch.full_like(answer, share - 1, dtype=slopes.dtype))
         if slope is not None:
             slopes *= slope
-        gradient[rows] = (slopes.to(head.dtype) @ head).float() / tokens
+        steep = slopes.to(head.dtype)
+        gradient[rows] = (steep @ head).float() / tokens
+        if head_gradient is not None:
+            head_gradient.add_(steep.T @ hidden[rows].to(head.dtype), alpha=1 / tokens)
     divergence, cross_entropy = divergence / tokens, cross_entropy / tokens
     total = share * divergence + (1 - share) * cross_entropy
     return LossParts(total, divergence, cross_entropy), gradient

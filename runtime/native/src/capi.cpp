@@ -78,6 +78,8 @@ std::vector<std::int32_t> ids_of(const int32_t* ids, size_t count) {
 
 }  // namespace
 
+const char* gqsa_version(void) { return GQSA_VERSION; }
+
 const char* gqsa_last_error(void) { return last_failure.message.c_str(); }
 const char* gqsa_last_error_detail(void) { return last_failure.detail.c_str(); }
 
@@ -85,8 +87,7 @@ void gqsa_load_options_init(gqsa_load_options* options) {
   if (options != nullptr) *options = {0, 0, 0, 1, nullptr, nullptr};
 }
 
-gqsa_status gqsa_load(const char* directory, const gqsa_load_options* options,
-                      gqsa_model** model) {
+gqsa_status gqsa_load(const char* directory, const gqsa_load_options* options, gqsa_model** model) {
   return guard([&] {
     require(directory != nullptr, "The directory");
     require(model != nullptr, "The place for the model");
@@ -181,9 +182,8 @@ gqsa_status gqsa_decode(gqsa_model* model, const int64_t* sequences, const int32
     require(model != nullptr && logits != nullptr, "The model or the place for the logits");
     require(sequences != nullptr || count == 0, "The array of sequences");
     gqsa::Session& session = model->model.session();
-    const gqsa::Logits found =
-        session.decode(std::vector<std::int64_t>(sequences, sequences + count),
-                       ids_of(tokens, count));
+    const gqsa::Logits found = session.decode(
+        std::vector<std::int64_t>(sequences, sequences + count), ids_of(tokens, count));
     std::copy_n(found.data, static_cast<std::int64_t>(count) * session.vocab_size(), logits);
   });
 }
@@ -199,8 +199,7 @@ gqsa_status gqsa_sampler_create(const gqsa_model* model, const gqsa_sampling* sa
                                 const int32_t* prompt, size_t count, gqsa_sampler** sampler) {
   return guard([&] {
     require(model != nullptr && sampler != nullptr, "The model or the place for the sampler");
-    const gqsa::Sampling chosen =
-        sampling != nullptr ? from_c(*sampling) : model->model.sampling();
+    const gqsa::Sampling chosen = sampling != nullptr ? from_c(*sampling) : model->model.sampling();
     const auto vocab = static_cast<std::size_t>(model->model.session().vocab_size());
     *sampler = new gqsa_sampler{gqsa::Sampler(chosen, vocab, ids_of(prompt, count))};
   });
@@ -219,8 +218,8 @@ void gqsa_sampler_free(gqsa_sampler* sampler) { delete sampler; }
 gqsa_status gqsa_generate_options_init(const gqsa_model* model, gqsa_generate_options* options) {
   return guard([&] {
     require(model != nullptr && options != nullptr, "The model or the place for the options");
-    *options = {to_c(model->model.sampling()), gqsa::GenerateOptions().max_tokens, nullptr, 0, 0,
-                0};
+    *options = {
+        to_c(model->model.sampling()), gqsa::GenerateOptions().max_tokens, nullptr, 0, 0, 0};
   });
 }
 
@@ -249,8 +248,12 @@ gqsa_status gqsa_generate(gqsa_model* model, const char* prompt, size_t bytes,
     model->last = model->model.generate(std::string(bytes > 0 ? prompt : "", bytes), chosen, emit);
     if (result != nullptr) {
       const gqsa::Generation& last = model->last;
-      *result = {static_cast<gqsa_finish>(last.finish), last.prompt_tokens, last.token_ids.size(),
-                 last.token_ids.data(), last.prefill_seconds, last.decode_seconds};
+      *result = {static_cast<gqsa_finish>(last.finish),
+                 last.prompt_tokens,
+                 last.token_ids.size(),
+                 last.token_ids.data(),
+                 last.prefill_seconds,
+                 last.decode_seconds};
     }
   });
 }

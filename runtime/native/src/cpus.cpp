@@ -24,9 +24,8 @@ std::vector<std::vector<int>> cores() {
   std::vector<int> allowed;
   for (int limit = 1024; limit <= 1 << 20; limit *= 2) {  // the kernel's mask may be larger
     const std::size_t bytes = CPU_ALLOC_SIZE(limit);
-    const std::unique_ptr<cpu_set_t, void (*)(cpu_set_t*)> set(CPU_ALLOC(limit), [](cpu_set_t* s) {
-      CPU_FREE(s);
-    });
+    const std::unique_ptr<cpu_set_t, void (*)(cpu_set_t*)> set(CPU_ALLOC(limit),
+                                                               [](cpu_set_t* s) { CPU_FREE(s); });
     if (set == nullptr || sched_getaffinity(0, bytes, set.get()) != 0) continue;
     for (int cpu = 0; cpu < limit; ++cpu) {
       if (CPU_ISSET_S(cpu, bytes, set.get())) allowed.push_back(cpu);
@@ -85,14 +84,14 @@ std::set<std::string> host_flags() {
   // The kernel's bits in order, by their names in /proc/cpuinfo, which an emulator or a phone may
   // not show.
   static const char* const first[] = {
-      "fp",     "asimd",   "evtstrm", "aes",      "pmull", "sha1",  "sha2",    "crc32",
-      "atomics", "fphp",   "asimdhp", "cpuid",    "asimdrdm", "jscvt", "fcma", "lrcpc",
-      "dcpop",  "sha3",    "sm3",     "sm4",      "asimddp", "sha512", "sve",  "asimdfhm",
-      "dit",    "uscat",   "ilrcpc",  "flagm",    "ssbs",  "sb",    "paca",    "pacg"};
-  static const char* const second[] = {
-      "dcpodp",  "sve2",     "sveaes",   "svepmull", "svebitperm", "svesha3", "svesm4", "flagm2",
-      "frint",   "svei8mm",  "svef32mm", "svef64mm", "svebf16",    "i8mm",    "bf16",   "dgh",
-      "rng",     "bti",      "mte"};
+      "fp",      "asimd", "evtstrm", "aes",   "pmull",    "sha1",   "sha2", "crc32",
+      "atomics", "fphp",  "asimdhp", "cpuid", "asimdrdm", "jscvt",  "fcma", "lrcpc",
+      "dcpop",   "sha3",  "sm3",     "sm4",   "asimddp",  "sha512", "sve",  "asimdfhm",
+      "dit",     "uscat", "ilrcpc",  "flagm", "ssbs",     "sb",     "paca", "pacg"};
+  static const char* const second[] = {"dcpodp",   "sve2",     "sveaes",  "svepmull", "svebitperm",
+                                       "svesha3",  "svesm4",   "flagm2",  "frint",    "svei8mm",
+                                       "svef32mm", "svef64mm", "svebf16", "i8mm",     "bf16",
+                                       "dgh",      "rng",      "bti",     "mte"};
   std::set<std::string> flags;
   const auto add = [&](unsigned long bits, const char* const* names, std::size_t count) {
     for (std::size_t i = 0; i < count; ++i) {
@@ -113,7 +112,8 @@ std::set<std::string> host_flags() {
     if (colon == std::string::npos || line.rfind("flags", 0) != 0) continue;
     std::istringstream words(line.substr(colon + 1));
     std::set<std::string> flags;
-    for (std::string word; words >> word;) flags.insert(word);
+    for (std::string word; words >> word;)
+      flags.insert(word);
     return flags;
   }
   return {};

@@ -4,6 +4,7 @@
 #include <stdexcept>
 #include <string>
 #include <utility>
+#include <vector>
 
 namespace gqsa {
 
@@ -24,5 +25,7 @@ inline Error usage_error(const std::string& message) { return Error(Kind::usage,
 
 // Control characters of an untrusted text would garble a terminal; a long one would drown the rest.
 std::string quote(const std::string& text);
+// With commas between them.
+std::string join(const std::vector<std::string>& words);
 
 }  // namespace gqsa

@@ -14,6 +14,7 @@
 #include <vector>
 
 #include "error.h"
+#include "sha256.h"
 
 namespace gqsa {
 namespace {
@@ -67,7 +68,8 @@ std::string quote(const std::string& text) {
   static const char* digits = "0123456789abcdef";
   std::string result = "'";
   std::size_t end = std::min<std::size_t>(text.size(), 80);
-  while (end < text.size() && (static_cast<unsigned char>(text[end]) >> 6) == 2) --end;
+  while (end < text.size() && (static_cast<unsigned char>(text[end]) >> 6) == 2)
+    --end;
   for (const char byte : text.substr(0, end)) {
     const auto c = static_cast<unsigned char>(byte);
     if (c < 0x20 || c == 0x7f) {
@@ -77,6 +79,13 @@ std::string quote(const std::string& text) {
     }
   }
   return result + (end < text.size() ? "...'" : "'");
+}
+
+std::string join(const std::vector<std::string>& words) {
+  std::string text;
+  for (const std::string& word : words)
+    text += (text.empty() ? "" : ", ") + word;
+  return text;
 }
 
 bool is_file(const std::string& path) {
@@ -130,6 +139,7 @@ json parse_json(std::string_view text, const std::string& where, bool distinct) 
     }
     return true;
   };
+  if (text.substr(0, 3) == "\xef\xbb\xbf") throw cannot_read(where, "it begins with a mark");
   try {
     return json::parse(text.begin(), text.end(), watch);
   } catch (const json::parse_error& error) {  // its own words may quote bytes that are no text
@@ -159,18 +169,22 @@ Mapping::Mapping(const std::string& path) {
 
 Mapping::~Mapping() { munmap(const_cast<unsigned char*>(data_), size_); }
 
+std::string hash_file(const std::string& path) {
+  const Mapping file(path);
+  return sha256(file.data(), file.size());
+}
+
 void check_shared_library(const std::string& path) {
   const auto refuse = [&](const std::string& what) {
     return artefact_error(path + " " + what + "; copy the artefact or its libraries again.");
   };
   Descriptor file(path);
-  const std::uint64_t size = size_of(file, path, "The runtime is incomplete: there is no " + path +
-                                                     ".");
+  const std::uint64_t size =
+      size_of(file, path, "The runtime is incomplete: there is no " + path + ".");
   Elf64_Ehdr header{};
   if (pread(file.get(), &header, sizeof header, 0) != static_cast<ssize_t>(sizeof header) ||
-      std::memcmp(header.e_ident, ELFMAG, SELFMAG) != 0 ||
-      header.e_ident[EI_CLASS] != ELFCLASS64 || header.e_type != ET_DYN ||
-      header.e_phentsize != sizeof(Elf64_Phdr)) {
+      std::memcmp(header.e_ident, ELFMAG, SELFMAG) != 0 || header.e_ident[EI_CLASS] != ELFCLASS64 ||
+      header.e_type != ET_DYN || header.e_phentsize != sizeof(Elf64_Phdr)) {
     throw refuse("is truncated or is not a shared library");
   }
   if (header.e_machine != kMachine) throw refuse("is for another kind of machine");

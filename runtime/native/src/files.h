@@ -1,4 +1,5 @@
-// Files of an artefact: untrusted, so sizes are limited and everything is checked before it is used.
+// Files of an artefact: untrusted, so sizes are limited and everything is checked before it is
+// used.
 #pragma once
 
 #include <cstddef>
@@ -16,7 +17,8 @@ bool is_directory(const std::string& path);
 std::string join_path(const std::string& directory, const std::string& name);
 
 // A whole file; `missing` is the error where there is none. Throws Error (artefact).
-std::string read_file(const std::string& path, std::uint64_t most_bytes, const std::string& missing);
+std::string read_file(const std::string& path, std::uint64_t most_bytes,
+                      const std::string& missing);
 
 // A JSON document of at most kMostJsonBytes and 64 levels; `distinct` refuses a key that stands
 // twice in an object. Throws Error (artefact), naming `where`.
@@ -40,6 +42,9 @@ class Mapping {
   const unsigned char* data_ = nullptr;
   std::size_t size_ = 0;
 };
+
+// The SHA-256 of a file in hexadecimal.
+std::string hash_file(const std::string& path);
 
 // Refuse a shared library that is truncated or for another machine: the dynamic loader would crash
 // on the first and explain the second badly.

@@ -28,8 +28,7 @@ constexpr int kFailure = 1, kBadUsage = 2;
 // A failed call of gqsa.h, as an exception of this program.
 void check(gqsa_status status) {
   if (status != GQSA_OK) {
-    throw gqsa::Error(static_cast<gqsa::Kind>(status), gqsa_last_error(),
-                      gqsa_last_error_detail());
+    throw gqsa::Error(static_cast<gqsa::Kind>(status), gqsa_last_error(), gqsa_last_error_detail());
   }
 }
 
@@ -78,7 +77,8 @@ void show_settings(const Arguments& a) {
   maybe("min_p", a.min_p);
   maybe("repetition_penalty", a.repetition_penalty);
   maybe("seed", a.seed);
-  for (const std::string& stop : a.stop) line("stop", gqsa::quote(stop));
+  for (const std::string& stop : a.stop)
+    line("stop", gqsa::quote(stop));
   maybe("context", a.context);
   maybe("threads", a.threads);
   std::cerr << out.str();
@@ -126,8 +126,7 @@ void print_json(const Output& output, const gqsa_result& r) {
   data["prompt_tokens"] = r.prompt_tokens;
   data["generated_tokens"] = r.generated_tokens;
   data["first_token_seconds"] = r.prefill_seconds;
-  data["prefill_tokens_per_second"] =
-      rate(static_cast<double>(r.prompt_tokens), r.prefill_seconds);
+  data["prefill_tokens_per_second"] = rate(static_cast<double>(r.prompt_tokens), r.prefill_seconds);
   data["decode_tokens_per_second"] =
       rate(static_cast<double>(r.generated_tokens) - 1, r.decode_seconds);
   if (!(std::cout << data.dump(2) << "\n" << std::flush)) {
@@ -166,7 +165,8 @@ void run(Arguments a) {
   options.max_tokens = a.max_tokens;
   options.chat = a.chat ? 1 : 0;
   std::vector<const char*> stops;
-  for (const std::string& stop : a.stop) stops.push_back(stop.c_str());
+  for (const std::string& stop : a.stop)
+    stops.push_back(stop.c_str());
   options.stop = stops.data();
   options.stop_count = stops.size();
 
@@ -196,6 +196,10 @@ int main(int count, char** words) {
     verbose = arguments.verbose;
     if (arguments.help) {
       std::fputs(gqsa::kHelp, stdout);
+      return 0;
+    }
+    if (arguments.version) {
+      std::printf("gqsa-run %s\n", gqsa_version());
       return 0;
     }
     run(arguments);

@@ -123,7 +123,8 @@ Variant decode_variant(Record& r) {
 
 void decode_model(Record r, Manifest& manifest) {
   manifest.name = r.text("name");
-  for (const char* name : {"architecture", "activations"}) r.text(name);
+  for (const char* name : {"architecture", "activations"})
+    r.text(name);
   for (const char* name : {"hidden_size", "num_layers", "num_key_value_heads", "head_dim"}) {
     r.integer(name);
   }
@@ -131,15 +132,18 @@ void decode_model(Record r, Manifest& manifest) {
   manifest.context_length = r.integer("context_length");
   manifest.prefill_chunk = r.integer("prefill_chunk");
   manifest.max_batch = r.integer("max_batch");
-  for (const char* name : {"sliding_window", "bos_token_id"}) r.maybe_integer(name);
+  for (const char* name : {"sliding_window", "bos_token_id"})
+    r.maybe_integer(name);
   manifest.eos_token_ids = r.integers("eos_token_ids");
   r.end();
 }
 
 // Kernels are for reports; they are checked all the same, so that both runtimes refuse the same.
 void check_kernel(Record r) {
-  for (const char* name : {"layer", "kernel", "weight"}) r.text(name);
-  for (const char* name : {"layout_version", "n", "k", "bytes"}) r.integer(name);
+  for (const char* name : {"layer", "kernel", "weight"})
+    r.text(name);
+  for (const char* name : {"layout_version", "n", "k", "bytes"})
+    r.integer(name);
   r.maybe_integer("group_size");
   r.object("config");
   r.number("sparsity");
@@ -230,8 +234,7 @@ std::string version_text(const json& data) {
 
 Manifest parse_manifest(std::string_view text, const std::string& where) {
   const json data = parse_json(text, where, true);
-  if (!data.is_object() || data.find("format") == data.end() ||
-      data["format"] != "gqsa-artefact") {
+  if (!data.is_object() || data.find("format") == data.end() || data["format"] != "gqsa-artefact") {
     throw artefact_error(where + " is not the manifest of a GQSA artefact.");
   }
   const auto version = data.find("format_version");
@@ -267,15 +270,15 @@ Manifest parse_manifest(std::string_view text, const std::string& where) {
   cache.end();
   Record memory = r.record("memory");
   manifest.weights_bytes = memory.integer("weights_bytes");
-  for (const char* name : {"kv_cache_bytes_per_token", "workspace_bytes"}) memory.integer(name);
+  for (const char* name : {"kv_cache_bytes_per_token", "workspace_bytes"})
+    memory.integer(name);
   memory.end();
   manifest.parameters_file = r.text("parameters_file");
   r.each("parameters", [&](const json& value, const std::string& key) {
     manifest.parameters.push_back(decode_parameter(r.inner(value, key)));
   });
-  r.each("kernels", [&](const json& value, const std::string& key) {
-    check_kernel(r.inner(value, key));
-  });
+  r.each("kernels",
+         [&](const json& value, const std::string& key) { check_kernel(r.inner(value, key)); });
   r.integer("bytes_per_token");
   r.end();
   check(manifest, where);

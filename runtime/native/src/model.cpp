@@ -6,6 +6,7 @@
 
 #include <algorithm>
 #include <chrono>
+#include <cmath>
 #include <nlohmann/json.hpp>
 
 #include "error.h"
@@ -25,13 +26,27 @@ double seconds() {
   return duration<double>(steady_clock::now().time_since_epoch()).count();
 }
 
-// A number of generation_config.json; null or nothing is none.
-template <typename T>
-void read_number(const json& config, const char* key, const std::string& path, T& value) {
-  const auto found = config.find(key);
-  if (found == config.end() || found->is_null()) return;
-  if (!found->is_number()) throw artefact_error(path + ": " + key + " should be a number.");
-  value = found->get<T>();
+// A value of generation_config.json; null where it has none.
+json get(const json& config, const char* key) { return config.value(key, json()); }
+
+Error wrong(const std::string& path, const char* key, const char* rule) {
+  return artefact_error(path + ": " + key + " should be " + rule + ".");
+}
+
+void read_number(const json& config, const char* key, const std::string& path, double& value) {
+  const json found = get(config, key);
+  if (found.is_null()) return;
+  if (!found.is_number()) throw wrong(path, key, "a number");
+  value = found.get<double>();
+}
+
+// top_k, which some models write as 50.0.
+void read_whole(const json& config, const char* key, const std::string& path, std::int64_t& value) {
+  double number = static_cast<double>(value);
+  read_number(config, key, path, number);
+  if (number != std::floor(number)) throw wrong(path, key, "a whole number");
+  constexpr double kMost = 1LL << 31;  // beyond any vocabulary
+  value = static_cast<std::int64_t>(std::max(-kMost, std::min(kMost, number)));
 }
 
 // "eos_token" and its like: plain text, or an object with a "content".
@@ -60,8 +75,8 @@ std::string trimmed(std::string_view text) {
 Model::Model(const std::string& directory, const LoadOptions& options) {
   Manifest manifest = read_manifest(directory);
   // The tokenizer comes before the weights: what reading it takes is free again when they come.
-  tokenizer_ = std::make_unique<const Tokenizer>(
-      Tokenizer::read(join_path(directory, "tokenizer.json")));
+  tokenizer_ =
+      std::make_unique<const Tokenizer>(Tokenizer::read(join_path(directory, "tokenizer.json")));
 #if defined(__GLIBC__)
   malloc_trim(0);
 #endif
@@ -76,18 +91,24 @@ Model::Model(const std::string& directory, const LoadOptions& options) {
 void Model::read_generation_config(const std::string& directory) {
   const std::string path = join_path(directory, "generation_config.json");
   const json config = read_settings(path);
-  read_number(config, "top_k", path, sampling_.top_k);
+  read_whole(config, "top_k", path, sampling_.top_k);
   read_number(config, "top_p", path, sampling_.top_p);
   read_number(config, "min_p", path, sampling_.min_p);
   read_number(config, "repetition_penalty", path, sampling_.repetition_penalty);
   // As in Hugging Face's generate, a model that does not say do_sample is greedy.
-  if (config.value("do_sample", json(false)) == true) {
-    sampling_.temperature = 1.0;
-    read_number(config, "temperature", path, sampling_.temperature);
-  }
+  const json sample = get(config, "do_sample");
+  if (!sample.is_null() && !sample.is_boolean()) throw wrong(path, "do_sample", "true or false");
+  double temperature = 1.0;
+  read_number(config, "temperature", path, temperature);
+  if (sample == true) sampling_.temperature = temperature;
   // Models disagree with themselves about the end of a text: take all that they say.
-  const json eos = config.value("eos_token_id", json());
+  const json eos = get(config, "eos_token_id");
   for (const json& id : eos.is_array() ? eos : json::array({eos})) {
+    if (id.is_null()) continue;
+    const bool large = id.is_number_unsigned() && id.get<std::uint64_t>() >> 63 != 0;
+    if (!id.is_number_integer() || large) {
+      throw wrong(path, "eos_token_id", "a token id or a list of them");
+    }
     if (id.is_number_unsigned() && id.get<std::uint64_t>() < (1u << 31)) {
       eos_.insert(id.get<std::int32_t>());
     }

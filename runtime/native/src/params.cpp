@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <atomic>
 #include <nlohmann/json.hpp>
+#include <system_error>
 #include <thread>
 #include <unordered_map>
 
@@ -117,9 +118,15 @@ void check_hashes(const std::string& path, const std::vector<Parameter>& paramet
   };
   std::vector<std::thread> threads;
   const std::size_t count = std::min(kMostHashers, allowed_cpus().size());
-  for (std::size_t i = 1; i < count; ++i) threads.emplace_back(work);
+  threads.reserve(count);
+  try {
+    for (std::size_t i = 1; i < count; ++i)
+      threads.emplace_back(work);
+  } catch (const std::system_error&) {  // those that have started do the work
+  }
   work();
-  for (std::thread& thread : threads) thread.join();
+  for (std::thread& thread : threads)
+    thread.join();
   if (damaged < views.size()) {
     throw artefact_error("The parameter " + quote(parameters[damaged].name) + " in " + path +
                          " is damaged: its SHA-256 is not the manifest's. Copy or compile the "

@@ -26,8 +26,7 @@ bool is_one_of(char c, std::string_view set) { return set.find(c) != std::string
 // Reads a pattern from left to right and writes what PCRE2 takes for the same.
 class Translator {
  public:
-  Translator(const std::string& pattern, const std::string& where)
-      : in_(pattern), where_(where) {}
+  Translator(const std::string& pattern, const std::string& where) : in_(pattern), where_(where) {}
 
   std::string translate() {
     if (in_.size() > kLongestPattern) throw refuse("it is too long");
@@ -98,8 +97,7 @@ class Translator {
   }
 
   void group() {
-    for (const std::string_view open :
-         {"(?:", "(?i:", "(?=", "(?!", "(?<=", "(?<!", "(?>"}) {
+    for (const std::string_view open : {"(?:", "(?i:", "(?=", "(?!", "(?<=", "(?<!", "(?>"}) {
       if (in_.compare(at_, open.size(), open) == 0) {
         out_ += open;
         at_ += open.size();
@@ -157,9 +155,9 @@ Regex::Regex(const std::string& pattern, const std::string& where)
   int error = 0;
   PCRE2_SIZE offset = 0;
   compiled_->where = where;
-  compiled_->code = pcre2_compile(reinterpret_cast<PCRE2_SPTR>(translated.data()),
-                                  translated.size(), PCRE2_UTF | PCRE2_UCP | PCRE2_NEVER_BACKSLASH_C,
-                                  &error, &offset, nullptr);
+  compiled_->code =
+      pcre2_compile(reinterpret_cast<PCRE2_SPTR>(translated.data()), translated.size(),
+                    PCRE2_UTF | PCRE2_UCP | PCRE2_NEVER_BACKSLASH_C, &error, &offset, nullptr);
   compiled_->limits = pcre2_match_context_create(nullptr);
   if (compiled_->code == nullptr || compiled_->limits == nullptr) {
     PCRE2_UCHAR text[128] = {};
@@ -181,9 +179,9 @@ void Regex::each(std::string_view text,
       pcre2_match_data_create_from_pattern(compiled_->code, nullptr), pcre2_match_data_free);
   if (match == nullptr) throw Error(Kind::memory, "There is not enough memory to cut the text.");
   for (std::size_t at = 0; at < text.size();) {
-    const int found = pcre2_match(compiled_->code, reinterpret_cast<PCRE2_SPTR>(text.data()),
-                                  text.size(), at, PCRE2_NO_UTF_CHECK, match.get(),
-                                  compiled_->limits);
+    const int found =
+        pcre2_match(compiled_->code, reinterpret_cast<PCRE2_SPTR>(text.data()), text.size(), at,
+                    PCRE2_NO_UTF_CHECK, match.get(), compiled_->limits);
     if (found == PCRE2_ERROR_NOMATCH) return;
     if (found < 0) {
       throw artefact_error(compiled_->where +

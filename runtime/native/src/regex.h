@@ -11,7 +11,8 @@ namespace gqsa {
 
 class Regex {
  public:
-  // `where` names the pattern in errors. Throws Error (artefact) for a syntax that is not supported.
+  // `where` names the pattern in errors. Throws Error (artefact) for a syntax that is not
+  // supported.
   Regex(const std::string& pattern, const std::string& where);
   ~Regex();
   Regex(Regex&&) noexcept;
@@ -19,8 +20,7 @@ class Regex {
 
   // Call `take(begin, end)` for each match in valid UTF-8 text, in order. Empty matches are left
   // out. Throws Error (artefact) where a match takes too many steps.
-  void each(std::string_view text,
-            const std::function<void(std::size_t, std::size_t)>& take) const;
+  void each(std::string_view text, const std::function<void(std::size_t, std::size_t)>& take) const;
 
  private:
   struct Compiled;

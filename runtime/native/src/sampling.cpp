@@ -13,8 +13,9 @@ namespace gqsa {
 namespace {
 
 Error not_numbers() {
-  return artefact_error("The model's logits are not finite numbers: its weights or its kernels are "
-                        "broken. Run gqsa eval on the checkpoint to see which.");
+  return artefact_error(
+      "The model's logits are not finite numbers: its weights or its kernels are "
+      "broken. Run gqsa eval on the checkpoint to see which.");
 }
 
 // numpy's SeedSequence: a pool of four words mixed from the entropy, then eight words for PCG64.
@@ -33,7 +34,8 @@ std::array<std::uint32_t, 8> seed_words(std::uint64_t seed) {
   std::array<std::uint32_t, 4> pool{};
   const std::uint32_t entropy[4] = {static_cast<std::uint32_t>(seed),
                                     static_cast<std::uint32_t>(seed >> 32), 0, 0};
-  for (int i = 0; i < 4; ++i) pool[i] = hash(entropy[i]);
+  for (int i = 0; i < 4; ++i)
+    pool[i] = hash(entropy[i]);
   for (int from = 0; from < 4; ++from) {
     for (int to = 0; to < 4; ++to) {
       if (from != to) pool[to] = mix(pool[to], hash(pool[from]));
@@ -63,8 +65,10 @@ void keep(std::vector<Candidate>& candidates, F&& passes) {
       std::remove_if(candidates.begin(), candidates.end(), [&](auto& c) { return !passes(c); }),
       candidates.end());
   double sum = 0;
-  for (const Candidate& c : candidates) sum += c.weight;
-  for (Candidate& c : candidates) c.weight /= sum;
+  for (const Candidate& c : candidates)
+    sum += c.weight;
+  for (Candidate& c : candidates)
+    c.weight /= sum;
 }
 
 // Whether a comes before b among the likeliest: of equal ones the first.
@@ -105,7 +109,8 @@ double Random::operator()() {
 
 std::vector<Candidate> distribution(const float* logits, std::size_t size, const Sampling& o) {
   std::vector<Candidate> found(size);
-  for (std::size_t i = 0; i < size; ++i) found[i] = {static_cast<std::int32_t>(i), logits[i]};
+  for (std::size_t i = 0; i < size; ++i)
+    found[i] = {static_cast<std::int32_t>(i), logits[i]};
   const auto k = static_cast<std::size_t>(o.top_k);
   double top = -INFINITY;
   for (const Candidate& c : found) {
@@ -118,15 +123,16 @@ std::vector<Candidate> distribution(const float* logits, std::size_t size, const
     found.resize(k);
     std::sort(found.begin(), found.end(), [](auto& a, auto& b) { return a.token < b.token; });
   }
-  for (Candidate& c : found) c.weight = std::exp((c.weight - top) / o.temperature);
+  for (Candidate& c : found)
+    c.weight = std::exp((c.weight - top) / o.temperature);
   keep(found, [](const Candidate&) { return true; });
   if (o.top_p < 1) {
     // Tokens below (1 - p) / n sum to less than 1 - p: the cut lies above them all, and the sort,
     // which would dominate at a large vocabulary, is left with a few.
     const double least = (1 - o.top_p) / static_cast<double>(found.size());
-    found.erase(std::remove_if(found.begin(), found.end(),
-                               [&](auto& c) { return !(c.weight >= least); }),
-                found.end());
+    found.erase(
+        std::remove_if(found.begin(), found.end(), [&](auto& c) { return !(c.weight >= least); }),
+        found.end());
     std::sort(found.begin(), found.end(), likelier);
     double before = 0;
     keep(found, [&](const Candidate& c) {
@@ -137,7 +143,8 @@ std::vector<Candidate> distribution(const float* logits, std::size_t size, const
   }
   if (o.min_p > 0) {
     double most = 0;
-    for (const Candidate& c : found) most = std::max(most, c.weight);
+    for (const Candidate& c : found)
+      most = std::max(most, c.weight);
     keep(found, [&](const Candidate& c) { return c.weight >= o.min_p * most; });
   }
   return found;
@@ -173,7 +180,8 @@ std::int32_t Sampler::operator()(const float* logits) {
   } else {
     const std::vector<Candidate> candidates = distribution(logits, size, sampling_);
     double sum = 0;
-    for (const Candidate& c : candidates) sum += c.weight;
+    for (const Candidate& c : candidates)
+      sum += c.weight;
     const double drawn = random_() * sum;
     double before = 0;
     token = candidates.back().token;

@@ -32,8 +32,8 @@ std::int64_t limit(const char* name, std::int64_t asked, std::int64_t most) {
 class Ids {
  public:
   Ids(const std::int32_t* ids, std::size_t count)
-      : memory_(std::aligned_alloc(kAlignment, (count * 4 + kAlignment - 1) / kAlignment *
-                                                   kAlignment)) {
+      : memory_(std::aligned_alloc(kAlignment,
+                                   (count * 4 + kAlignment - 1) / kAlignment * kAlignment)) {
     if (memory_ == nullptr) throw Error(Kind::memory, "There is not enough memory for the tokens.");
     std::memcpy(memory_, ids, count * 4);
     tensor_ = tvm::tensor(memory_, {static_cast<std::int64_t>(count)}, {kDLInt, 32, 1});
@@ -72,8 +72,8 @@ std::string gigabytes(std::int64_t bytes) {
 Program::Program(const std::string& directory, Manifest manifest, const std::string& variant,
                  bool verify, const std::string& runtime_dirs)
     : manifest_(std::move(manifest)), variant_(&choose_variant(manifest_, variant)) {
-  mapped_ = map_parameters(join_path(directory, manifest_.parameters_file), manifest_.parameters,
-                           verify);
+  mapped_ =
+      map_parameters(join_path(directory, manifest_.parameters_file), manifest_.parameters, verify);
   module_ = load_module(directory, manifest_, *variant_, runtime_dirs);
   std::vector<tvm::Any> tensors;
   for (std::size_t i = 0; i < manifest_.parameters.size(); ++i) {
@@ -96,8 +96,8 @@ Session::Session(std::shared_ptr<const Program> program, const SessionLimits& li
   const int most = static_cast<int>(cpus.size());
   if (limits.threads != 0 && (limits.threads < 1 || limits.threads > most)) {
     throw usage_error("threads is " + std::to_string(limits.threads) +
-                      " and this process may use " + std::to_string(most) +
-                      " CPUs; choose 1 to " + std::to_string(most) + ".");
+                      " and this process may use " + std::to_string(most) + " CPUs; choose 1 to " +
+                      std::to_string(most) + ".");
   }
   threads_ = limits.threads != 0 ? limits.threads : std::min(default_threads(), most);
   cpus.resize(static_cast<std::size_t>(threads_));
@@ -107,7 +107,8 @@ Session::Session(std::shared_ptr<const Program> program, const SessionLimits& li
 
 Session::~Session() {
   const auto free = [this] {
-    for (tvm::Any* any : {&kv_, &forward_, &hidden_, &vm_}) *any = tvm::Any();
+    for (tvm::Any* any : {&kv_, &forward_, &hidden_, &vm_})
+      *any = tvm::Any();
   };
   workers_->run(free);
 }
@@ -124,12 +125,13 @@ void Session::start() {
   try {
     kv_ = tvm::call(create, {tvm::shape({max_batch_, tokens, m.prefill_chunk})});
   } catch (const Error& error) {
-    throw Error(Kind::memory,
-                "The key/value cache of " + std::to_string(tokens) + " tokens (" +
-                    gigabytes(tokens * std::min(m.kv_bytes_per_token,
-                                                std::numeric_limits<std::int64_t>::max() / tokens)) +
-                    ") cannot be made: " + error.what() + " Ask for a smaller context or batch.",
-                error.detail);
+    throw Error(
+        Kind::memory,
+        "The key/value cache of " + std::to_string(tokens) + " tokens (" +
+            gigabytes(tokens * std::min(m.kv_bytes_per_token,
+                                        std::numeric_limits<std::int64_t>::max() / tokens)) +
+            ") cannot be made: " + error.what() + " Ask for a smaller context or batch.",
+        error.detail);
   }
   add_ = tvm::global("vm.builtin.kv_state_add_sequence");
   remove_ = tvm::global("vm.builtin.kv_state_remove_sequence");
@@ -175,8 +177,8 @@ void Session::check_tokens(const std::vector<std::int32_t>& tokens) const {
   for (const std::int32_t token : tokens) {
     if (token < 0 || token >= vocab_size_) {
       throw usage_error("The prompt has the token id " + std::to_string(token) +
-                        ", and the model's vocabulary is 0 to " +
-                        std::to_string(vocab_size_ - 1) + ".");
+                        ", and the model's vocabulary is 0 to " + std::to_string(vocab_size_ - 1) +
+                        ".");
     }
   }
 }
@@ -235,7 +237,8 @@ tvm::Any Session::pass(const std::vector<std::int64_t>& sequences, const std::in
       result = tvm::call(forward_, {ids.tensor(), chosen.tensor(), kv_, program_->parameters()});
     }
   });
-  for (const std::int64_t sequence : sequences) lengths_[sequence] += each;
+  for (const std::int64_t sequence : sequences)
+    lengths_[sequence] += each;
   return result;
 }
 
@@ -243,11 +246,12 @@ Logits Session::checked(tvm::Any result, std::size_t rows) const {
   const DLTensor& t = result.tensor();
   if (t.ndim != 2 || t.shape[0] != static_cast<std::int64_t>(rows) || t.shape[1] != vocab_size_ ||
       t.dtype.code != kDLFloat || t.dtype.bits != 32 || t.dtype.lanes != 1) {
-    throw artefact_error("The compiled code gave logits of another shape than the manifest says; "
-                         "copy or compile the artefact again.");
+    throw artefact_error(
+        "The compiled code gave logits of another shape than the manifest says; "
+        "copy or compile the artefact again.");
   }
-  const auto* data = reinterpret_cast<const float*>(static_cast<const char*>(t.data) +
-                                                    t.byte_offset);
+  const auto* data =
+      reinterpret_cast<const float*>(static_cast<const char*>(t.data) + t.byte_offset);
   return {std::move(result), data};
 }
 

@@ -49,7 +49,8 @@ void blocks_plain(State& state, const unsigned char* data, std::size_t count) {
       h = g, g = f, f = e, e = d + t1, d = c, c = b, b = a, a = t1 + t2;
     }
     const State add = {a, b, c, d, e, f, g, h};
-    for (int i = 0; i < 8; ++i) state[i] += add[i];
+    for (int i = 0; i < 8; ++i)
+      state[i] += add[i];
   }
 }
 
@@ -75,8 +76,8 @@ __attribute__((target("sha,sse4.1"))) void blocks_fast(State& state, const unsig
     const __m128i abef_before = abef, cdgh_before = cdgh;
     __m128i w[4];
     for (int i = 0; i < 4; ++i) {
-      w[i] = _mm_shuffle_epi8(
-          _mm_loadu_si128(reinterpret_cast<const __m128i*>(data + 16 * i)), order);
+      w[i] =
+          _mm_shuffle_epi8(_mm_loadu_si128(reinterpret_cast<const __m128i*>(data + 16 * i)), order);
     }
     for (int i = 0; i < 16; ++i) {
       __m128i& now = w[i & 3];
@@ -86,8 +87,8 @@ __attribute__((target("sha,sse4.1"))) void blocks_fast(State& state, const unsig
         now = _mm_add_epi32(_mm_sha256msg1_epu32(now, w[(i + 1) & 3]), seven);
         now = _mm_sha256msg2_epu32(now, last);
       }
-      __m128i sum = _mm_add_epi32(
-          now, _mm_load_si128(reinterpret_cast<const __m128i*>(kRound + 4 * i)));
+      __m128i sum =
+          _mm_add_epi32(now, _mm_load_si128(reinterpret_cast<const __m128i*>(kRound + 4 * i)));
       cdgh = _mm_sha256rnds2_epu32(cdgh, abef, sum);
       sum = _mm_shuffle_epi32(sum, 0x0e);
       abef = _mm_sha256rnds2_epu32(abef, cdgh, sum);
@@ -156,7 +157,8 @@ std::string sha256(const void* data, std::size_t size, bool plain) {
   blocks(state, tail, end / 64);
   std::string text;
   for (std::uint32_t word : state) {
-    for (int shift = 28; shift >= 0; shift -= 4) text += "0123456789abcdef"[word >> shift & 15];
+    for (int shift = 28; shift >= 0; shift -= 4)
+      text += "0123456789abcdef"[word >> shift & 15];
   }
   return text;
 }

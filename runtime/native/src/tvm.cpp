@@ -1,7 +1,5 @@
 #include "tvm.h"
 
-#include <dlfcn.h>
-
 #include <memory>
 
 #include "error.h"
@@ -10,15 +8,6 @@ namespace gqsa::tvm {
 namespace {
 
 Api functions;
-
-template <typename F>
-void look_up(void* library, const char* name, F& function) {
-  function = reinterpret_cast<F>(dlsym(library, name));
-  if (function == nullptr) {
-    throw artefact_error(std::string("libtvm_ffi.so has no function ") + name +
-                         "; it is of another release.");
-  }
-}
 
 std::string text(const TVMFFIByteArray& bytes) { return {bytes.data, bytes.size}; }
 
@@ -46,15 +35,7 @@ struct Managed {
 
 }  // namespace
 
-void connect(void* library) {
-  look_up(library, "TVMFFIGetVersion", functions.get_version);
-  look_up(library, "TVMFFIObjectIncRef", functions.inc_ref);
-  look_up(library, "TVMFFIObjectDecRef", functions.dec_ref);
-  look_up(library, "TVMFFIFunctionGetGlobal", functions.get_global);
-  look_up(library, "TVMFFIFunctionCall", functions.call);
-  look_up(library, "TVMFFIErrorMoveFromRaised", functions.take_error);
-  look_up(library, "TVMFFITensorFromDLPack", functions.tensor_from_dlpack);
-}
+void connect(const Api& given) { functions = given; }
 
 const Api& api() { return functions; }
 

@@ -1,5 +1,5 @@
-// TVM-FFI through its C interface, which is looked up in libtvm_ffi.so when that is loaded: this
-// program links to nothing of TVM, so it can check an artefact's libraries before it opens them.
+// TVM-FFI through its C interface alone, by a table of its functions: a program that links to
+// nothing of TVM (loader_shared.cpp) can check an artefact's libraries before it opens them.
 #pragma once
 
 #include <dlpack/dlpack.h>
@@ -13,7 +13,7 @@
 
 namespace gqsa::tvm {
 
-// The functions of libtvm_ffi.so that are used here.
+// The functions of TVM-FFI that are used here.
 struct Api {
   decltype(&TVMFFIGetVersion) get_version;
   decltype(&TVMFFIObjectIncRef) inc_ref;
@@ -24,8 +24,7 @@ struct Api {
   decltype(&TVMFFITensorFromDLPack) tensor_from_dlpack;
 };
 
-// Look the functions up in a handle of dlopen's; throws Error (artefact) where one is missing.
-void connect(void* library);
+void connect(const Api& api);
 // The functions; `connect` comes first.
 const Api& api();
 

@@ -70,18 +70,21 @@ void append_utf8(std::string& text, char32_t c) {
   const int more = c < 0x800 ? 1 : c < 0x10000 ? 2 : 3;
   static constexpr unsigned kLeads[] = {0, 0xc0, 0xe0, 0xf0};
   text += static_cast<char>(kLeads[more] | c >> (6 * more));
-  for (int i = more - 1; i >= 0; --i) text += static_cast<char>(0x80 | (c >> (6 * i) & 0x3f));
+  for (int i = more - 1; i >= 0; --i)
+    text += static_cast<char>(0x80 | (c >> (6 * i) & 0x3f));
 }
 
 std::size_t count_characters(std::string_view text) {
   std::size_t count = 0;
-  for (const char byte : text) count += (static_cast<unsigned char>(byte) >> 6) != 2;
+  for (const char byte : text)
+    count += (static_cast<unsigned char>(byte) >> 6) != 2;
   return count;
 }
 
 std::string_view skip_characters(std::string_view text, std::size_t count) {
   std::size_t at = 0;
-  for (; count > 0 && at < text.size(); --count) at += character_size(text, at);
+  for (; count > 0 && at < text.size(); --count)
+    at += character_size(text, at);
   return text.substr(at);
 }
 
@@ -119,14 +122,13 @@ std::string normalize(std::string_view text, Form form) {
   options |= form == Form::nfc || form == Form::nfkc ? UTF8PROC_COMPOSE : UTF8PROC_DECOMPOSE;
   if (form == Form::nfkc || form == Form::nfkd) options |= UTF8PROC_COMPAT;
   utf8proc_uint8_t* made = nullptr;
-  const utf8proc_ssize_t size =
-      utf8proc_map(reinterpret_cast<const utf8proc_uint8_t*>(text.data()),
-                   static_cast<utf8proc_ssize_t>(text.size()), &made,
-                   static_cast<utf8proc_option_t>(options));
+  const utf8proc_ssize_t size = utf8proc_map(reinterpret_cast<const utf8proc_uint8_t*>(text.data()),
+                                             static_cast<utf8proc_ssize_t>(text.size()), &made,
+                                             static_cast<utf8proc_option_t>(options));
   const std::unique_ptr<utf8proc_uint8_t, void (*)(void*)> owner(made, std::free);
   if (size < 0) {
-    throw Error(Kind::runtime, std::string("The text cannot be normalised: ") +
-                                   utf8proc_errmsg(size) + ".");
+    throw Error(Kind::runtime,
+                std::string("The text cannot be normalised: ") + utf8proc_errmsg(size) + ".");
   }
   return {reinterpret_cast<const char*>(made), static_cast<std::size_t>(size)};
 }

@@ -1,5 +1,5 @@
-// gqsa-probe fuzz manifest|params|tokenizer FILE SEED COUNT: mutated copies of a file to its reader.
-// For params, FILE is the manifest's and the parameters lie beside it.
+// gqsa-probe fuzz manifest|params|tokenizer FILE SEED COUNT: mutated copies of a file to its
+// reader. For params, FILE is the manifest's and the parameters lie beside it.
 #include <fcntl.h>
 #include <sys/mman.h>
 #include <unistd.h>
@@ -22,18 +22,50 @@ using Random = std::mt19937_64;
 
 constexpr std::uint64_t kMost = 1 << 26;
 
-std::size_t below(Random& random, std::size_t limit) {
-  return limit == 0 ? 0 : random() % limit;
-}
+std::size_t below(Random& random, std::size_t limit) { return limit == 0 ? 0 : random() % limit; }
 
 // What numbers, names and texts are turned into.
 const std::vector<std::string>& morsels() {
-  static const std::vector<std::string> list = {
-      "-1", "0", "1", "2147483648", "4294967296", "9223372036854775807", "9223372036854775808",
-      "18446744073709551615", "1e999", "-1e5", "0.5", "null", "true", "[]", "{}", "[[]]", "\"\"",
-      "\"\\u0000\"", "\"\\ud800\"", "\"..\"", "\"/etc/passwd\"", "\"\\p{\"", "\"(?<=a+)b\"",
-      "\"(a*)*b\"", "\"NFC\"", "\"Sequence\"", "\"Metaspace\"", "\"Replace\"", "\"Strip\"", "\xff",
-      "\xc0\x80", ",", ":", "\"", "{", "}", "[", "]", "{\"String\":\"\"}", "{\"String\":\"a\"}"};
+  static const std::vector<std::string> list = {"-1",
+                                                "0",
+                                                "1",
+                                                "2147483648",
+                                                "4294967296",
+                                                "9223372036854775807",
+                                                "9223372036854775808",
+                                                "18446744073709551615",
+                                                "1e999",
+                                                "-1e5",
+                                                "0.5",
+                                                "null",
+                                                "true",
+                                                "[]",
+                                                "{}",
+                                                "[[]]",
+                                                "\"\"",
+                                                "\"\\u0000\"",
+                                                "\"\\ud800\"",
+                                                "\"..\"",
+                                                "\"/etc/passwd\"",
+                                                "\"\\p{\"",
+                                                "\"(?<=a+)b\"",
+                                                "\"(a*)*b\"",
+                                                "\"NFC\"",
+                                                "\"Sequence\"",
+                                                "\"Metaspace\"",
+                                                "\"Replace\"",
+                                                "\"Strip\"",
+                                                "\xff",
+                                                "\xc0\x80",
+                                                ",",
+                                                ":",
+                                                "\"",
+                                                "{",
+                                                "}",
+                                                "[",
+                                                "]",
+                                                "{\"String\":\"\"}",
+                                                "{\"String\":\"a\"}"};
   return list;
 }
 
@@ -43,7 +75,8 @@ std::pair<std::size_t, std::size_t> token_at(const std::string& text, std::size_
   if (begin == std::string::npos) return {text.size(), text.size()};
   std::size_t end = begin + 1;
   if (text[begin] == '"') {
-    while (end < text.size() && text[end] != '"') end += text[end] == '\\' ? 2 : 1;
+    while (end < text.size() && text[end] != '"')
+      end += text[end] == '\\' ? 2 : 1;
     return {begin, std::min(end + 1, text.size())};
   }
   while (end < text.size() && (std::isalnum(static_cast<unsigned char>(text[end])) != 0 ||
@@ -104,9 +137,11 @@ class MemoryFile {
 void use_tokenizer(const std::string& json) {
   const gqsa::Tokenizer tokenizer(json, "tokenizer.json");
   for (const bool plain : {false, true}) {
-    const std::string text = "The quick  brown <|im_end|> fox\n\n 123 caf\u00e9 \u4e2d\u6587 \U0001f600's ";
+    const std::string text =
+        "The quick  brown <|im_end|> fox\n\n 123 caf\u00e9 \u4e2d\u6587 \U0001f600's ";
     std::vector<std::int32_t> ids = tokenizer.encode(text, true, plain);
-    for (std::int32_t id : {0, 1, 255, 300, 1 << 23, 0x7fffffff, -1}) ids.push_back(id);
+    for (std::int32_t id : {0, 1, 255, 300, 1 << 23, 0x7fffffff, -1})
+      ids.push_back(id);
     tokenizer.decode(ids.data(), ids.size(), plain);
   }
 }
@@ -117,7 +152,8 @@ void use_parameters(const std::string& bytes, const gqsa::Manifest& manifest) {
   const gqsa::Parameters found = gqsa::map_parameters(file.path(), manifest.parameters, false);
   unsigned sum = 0;
   for (const gqsa::ParameterView& view : found.views) {
-    for (std::size_t i = 0; i < view.bytes; i += 512) sum += view.data[i];
+    for (std::size_t i = 0; i < view.bytes; i += 512)
+      sum += view.data[i];
     if (view.bytes > 0) sum += view.data[view.bytes - 1];
   }
   if (sum == 1) std::cerr << ' ';  // so that it is computed
@@ -141,7 +177,8 @@ int fuzz(const std::vector<std::string>& words) {
   long accepted = 0;
   for (long i = 0; i < count; ++i) {
     std::string head = original.substr(0, header);
-    for (std::size_t n = 1 + below(random, 4); n > 0; --n) mutate(head, random);
+    for (std::size_t n = 1 + below(random, 4); n > 0; --n)
+      mutate(head, random);
     const std::string mutant = head + original.substr(std::min(header, original.size()));
     try {
       if (kind == "manifest") {

@@ -36,7 +36,8 @@ gqsa::Sampling sampling_of(const json& request) {
 
 std::vector<float> floats_of(const json& list) {
   std::vector<float> values;
-  for (const json& value : list) values.push_back(value.is_null() ? NAN : value.get<float>());
+  for (const json& value : list)
+    values.push_back(value.is_null() ? NAN : value.get<float>());
   return values;
 }
 
@@ -45,8 +46,9 @@ json answer(const json& request) {
   const auto tokenizer = [&]() -> const Tokenizer& {
     const auto path = request.at("file").get<std::string>();
     const auto found = tokenizers.find(path);
-    return found != tokenizers.end() ? found->second
-                                     : tokenizers.emplace(path, Tokenizer::read(path)).first->second;
+    return found != tokenizers.end()
+               ? found->second
+               : tokenizers.emplace(path, Tokenizer::read(path)).first->second;
   };
   const auto op = request.at("op").get<std::string>();
   if (op == "encode") {
@@ -79,7 +81,8 @@ json answer(const json& request) {
   if (op == "random") {
     gqsa::Random random(request.at("seed").get<std::uint64_t>());
     json draws = json::array();
-    for (int i = 0; i < request.at("count"); ++i) draws.push_back(random());
+    for (int i = 0; i < request.at("count"); ++i)
+      draws.push_back(random());
     return draws;
   }
   if (op == "sample") {
@@ -87,7 +90,8 @@ json answer(const json& request) {
     gqsa::Sampler sampler(sampling_of(request), logits.size(),
                           request.value("prompt", std::vector<std::int32_t>()));
     json tokens = json::array();
-    for (int i = 0; i < request.at("count"); ++i) tokens.push_back(sampler(logits.data()));
+    for (int i = 0; i < request.at("count"); ++i)
+      tokens.push_back(sampler(logits.data()));
     return tokens;
   }
   if (op == "sha256") {

@@ -11,7 +11,7 @@ import pytest
 
 from gqsa_compiler.compress import Recipe, parse_recipe
 from gqsa_compiler.compress.recipes.presets import default_stages, preset_names, with_stages
-from gqsa_compiler.compress.recipes.recipe import STAGES, BlockStage, ModelStage
+from gqsa_compiler.compress.recipes.recipe import STAGES, BlockStage, Head, ModelStage
 from gqsa_compiler.errors import UsageError
 from gqsa_compiler.limits import BITS
 
@@ -29,7 +29,9 @@ from gqsa_compiler.limits import BITS
 def test_gqsa(name: str, expected: tuple[int, int, int]) -> None:
     recipe = parse_recipe(name)
     balance = "model" if recipe.sparsity else "matrix"
-    assert recipe.one_shot() == Recipe(name, *expected, score="fisher", balance=balance)
+    head = Head(4, 32) if recipe.bits <= 4 else None
+    wanted = Recipe(name, *expected, score="fisher", balance=balance, head=head)
+    assert recipe.one_shot() == wanted
     stages = default_stages()
     assert (recipe.block, recipe.weights, recipe.scales) == stages
     assert recipe.stages == STAGES

@@ -13,7 +13,7 @@ import pytest
 
 from gqsa_compiler.compress.recipes.budget import Budget
 from gqsa_compiler.compress.recipes.presets import parse_recipe, preset_names
-from gqsa_compiler.compress.recipes.recipe import BlockStage, ModelStage, Recipe
+from gqsa_compiler.compress.recipes.recipe import BlockStage, Head, ModelStage, Recipe
 from gqsa_compiler.compress.recipes.recipe_file import load_recipe, recipe_from_dict, recipe_to_dict
 from gqsa_compiler.compress.recipes.strict_yaml import MAX_BYTES
 from gqsa_compiler.errors import UsageError
@@ -96,11 +96,26 @@ def test_budgets(tmp_path: Path, text: str, budget: Budget | None) -> None:
 
 
 @pytest.mark.parametrize(
+    ("text", "head"),
+    [
+        ("{bits: 8, group_size: 64}", Head(8, 64)),
+        ("{bits: 3}", Head(3, 32)),
+        ("{}", Head(4, 32)),
+        ("null", None),
+    ],
+)
+def test_heads(tmp_path: Path, text: str, head: Head | None) -> None:
+    assert load(tmp_path, PLAIN + f"head: {text}\n").head == head
+    assert load(tmp_path, PLAIN).head is None
+    assert load(tmp_path, f"base: w4s50g16\nhead: {text}\n").head == head
+
+
+@pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("", "is not a list of settings"),
-        ("- 1\n", "is not a list of settings"),
-        ("just words", "is not a list of settings"),
+        ("", "is not a mapping of settings"),
+        ("- 1\n", "is not a mapping of settings"),
+        ("just words", "is not a mapping of settings"),
         ("bits: 4\n", "lacks the key 'sparsity_percent'; give it, or a base"),
         (PLAIN + "spartsity: 4\n", "unknown key 'spartsity'"),
         (PLAIN + "stucture: group\n", "unknown key 'stucture'; did you mean structure"),
@@ -133,6 +148,11 @@ def test_budgets(tmp_path: Path, text: str, budget: Budget | None) -> None:
         (PLAIN + "budget: {bytes: 9, bits: 4}\n", "budget.bits must be a list, not 4"),
         (PLAIN + "budget: {bytes: 9, bits: [x]}\n", "budget.bits must be a whole number, not 'x'"),
         (PLAIN + "budget: {byte: 9}\n", "budget has an unknown key 'byte'; did you mean bytes"),
+        (PLAIN + "head: 4\n", "head must be settings .* a head that is left as it is, not 4"),
+        (PLAIN + "head: {bits: 5}\n", "head: bits is 5; it must be one of 2, 3, 4, 8"),
+        (PLAIN + "head: {group_size: 24}\n", "head: group_size is 24; it must be one of"),
+        (PLAIN + "head: {bits: '4'}\n", "head.bits must be a whole number, not '4'"),
+        (PLAIN + "head: {group: 16}\n", "head has an unknown key 'group'; did you mean group_size"),
         ("base: w4s50\n", "'w4s50' is not a recipe"),
         ("base: 4\n", "base must be a text"),
         ("base: other.yaml\n", "'other.yaml' is not a recipe"),
@@ -177,7 +197,10 @@ def every_recipe() -> list[Recipe]:
     return [
         *recipes,
         replace(recipes[0], block=odd, balance="model", budget=budget),
-        replace(recipes[0], scales=ModelStage(epochs=2), budget=Budget(bits_per_weight=2.7)),
+        replace(recipes[0], head=Head(8, 64)),
+        replace(
+            recipes[0], scales=ModelStage(epochs=2), head=None, budget=Budget(bits_per_weight=2.7)
+        ),
     ]
 
 
@@ -204,6 +227,8 @@ def test_equal_recipes_have_equal_records() -> None:
         ({"what": 1}, "run.json has an unknown key 'what'"),
         ({"block": {"epochs": 1.0}}, "run.json: block lacks the key 'samples'"),
         ({"block": 1}, "run.json: block must be settings"),
+        ({"head": {"bits": 4}}, "run.json: head lacks the key 'group_size'"),
+        ({"head": []}, "run.json: head must be settings"),
         ({"budget": {"bytes": -1}}, "run.json: budget: A budget of -1 bytes"),
     ],
 )

@@ -236,3 +236,32 @@ def test_latents_are_taken_over_and_the_weight_is_left_alone() -> None:
         for parameter in layer.parameters():
             parameter.fill_(0.5)
     same_weight(weight, kept)
+
+
+@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("train_weights", [False, True])
+def test_a_layer_that_computes_elsewhere(train_weights: bool, bits: int) -> None:
+    """`decoded` and `pass_back` are what `forward` and its backward pass do."""
+    weight, inputs = random_weight(bits), random_inputs(9)
+    target = torch.randn(9, ROWS, generator=torch.Generator().manual_seed(2))
+    layers = [
+        GroupedLinear(weight, None, latent=noisy_latent(weight) if train_weights else None)
+        for _ in range(2)
+    ]
+    output = layers[0](inputs)
+    output.backward(target)
+    torch.testing.assert_close(inputs @ layers[1].decoded().T, output.detach())
+    assert not layers[1].decoded().requires_grad
+    layers[1].pass_back(target.T @ inputs)
+    for (name, wanted), (_, have) in zip(
+        layers[0].named_parameters(), layers[1].named_parameters(), strict=True
+    ):
+        torch.testing.assert_close(grad(have), grad(wanted), msg=name)
+
+
+def test_what_is_frozen_gets_no_gradient() -> None:
+    layer = GroupedLinear(random_weight(), None)
+    layer.zero.requires_grad_(False)
+    layer.pass_back(torch.ones(ROWS, COLUMNS))
+    assert layer.zero.grad is None
+    assert grad(layer.scale).shape == (ROWS, COLUMNS // GROUP)

@@ -78,15 +78,21 @@ def problem(tokens: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 
 def slow(
-    hidden: Tensor, teacher: Tensor, answers: Tensor, head: Tensor, share: float, cap: float | None
+    hidden: Tensor,
+    teacher: Tensor,
+    answers: Tensor,
+    head: Tensor,
+    share: float,
+    cap: float | None,
+    dense_head: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return total, divergence and cross-entropy, differentiable."""
 
-    def logits(states: Tensor) -> Tensor:
-        plain = states @ head.T
+    def logits(states: Tensor, matrix: Tensor) -> Tensor:
+        plain = states @ matrix.T
         return plain if cap is None else cap * torch.tanh(plain / cap)
 
-    ours, theirs = logits(hidden), logits(teacher)
+    ours, theirs = logits(hidden, head), logits(teacher, head if dense_head is None else dense_head)
     divergence = functional.kl_div(
         ours.log_softmax(-1), theirs.log_softmax(-1), log_target=True, reduction="batchmean"
     )
@@ -110,6 +116,30 @@ def test_distill(tokens: int, share: float, cap: float | None) -> None:
     assert hidden.grad is not None
     assert gradient.dtype == torch.float32
     torch.testing.assert_close(gradient, hidden.grad, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("cap", [None, 3.0])
+@pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
+@pytest.mark.parametrize("tokens", [CHUNK_TOKENS - 1, 2 * CHUNK_TOKENS + 1])
+def test_distill_through_two_heads(tokens: int, share: float, cap: float | None) -> None:
+    hidden, teacher, answers, dense_head = problem(tokens)
+    noise = torch.randn(dense_head.shape, generator=torch.Generator().manual_seed(1))
+    head = (dense_head + 0.2 * noise).requires_grad_()
+    slope = torch.ones(head.shape)
+    parts, gradient = distill(
+        hidden, teacher, answers, head.detach(), share, cap,
+        dense_head=dense_head, head_gradient=slope,
+    )  # fmt: skip
+    hidden.requires_grad_()
+    wanted = slow(hidden, teacher, answers, head, share, cap, dense_head)
+    wanted[0].backward()
+    have = (parts.total, parts.divergence, parts.cross_entropy)
+    assert have == pytest.approx([float(want.detach()) for want in wanted], rel=1e-4)
+    assert head.grad is not None
+    assert hidden.grad is not None
+    torch.testing.assert_close(gradient, hidden.grad, rtol=1e-4, atol=1e-6)
+    # It is added to what is there.
+    torch.testing.assert_close(slope - 1, head.grad, rtol=1e-3, atol=1e-6)
 
 
 def test_distill_of_equal_models() -> None:

@@ -15,15 +15,17 @@ from gqsa_compiler.compress.training.optimizer import (
     LEAST_NORM,
     MAX_ZERO_DRIFT,
     clamp_zeros,
+    damp,
     epoch_order,
     grouped_layers,
     make_optimizer,
+    normalise,
     parameter_groups,
     rate_share,
     set_rates,
 )
 from gqsa_compiler.errors import UsageError
-from tests.compress.training.helpers import latent_of, random_weight
+from tests.compress.training.helpers import grad, latent_of, random_weight
 
 STAGE = BlockStage(weight_rate=0.1, scale_rate=0.2, zero_rate=0.3)
 
@@ -161,3 +163,26 @@ def test_order_depends_on_the_seed_and_the_epoch() -> None:
     first, second = epoch_order(30, 60, seed=0).split(30)
     assert not torch.equal(first, second)
     assert not torch.equal(first, epoch_order(30, 30, seed=1))
+
+
+def test_rows_of_small_gradients_hardly_move() -> None:
+    """Those of a head; elsewhere AdamW moves all alike."""
+    head, other = (nn.Parameter(torch.zeros(4, 2)) for _ in range(2))
+    groups = [{"params": [p], "lr": 0.1, "peak": 0.1} for p in (head, other)]
+    damp(groups, [head])
+    optimizer = make_optimizer(groups)
+    for parameter in (head, other):
+        parameter.grad = torch.full((4, 2), 1e-7)
+        parameter.grad[0] = 1e-3
+    normalise([head])
+    assert grad(head).square().mean().item() == pytest.approx(1)
+    optimizer.step()
+    assert bool((other.detach() < -0.09).all())
+    assert bool((head.detach()[0] < -0.05).all())
+    assert bool((head.detach()[1:].abs() < 1e-4).all())
+    without = nn.Parameter(torch.zeros(2))
+    zero = nn.Parameter(torch.zeros(2))
+    zero.grad = torch.zeros(2)
+    normalise([without, zero])
+    assert without.grad is None
+    assert torch.equal(grad(zero), torch.zeros(2))

@@ -81,10 +81,11 @@ def build(name: str, *options: str) -> Programs:
 
 
 def _build(folder: Path, *options: str) -> None:
-    configure = ["cmake", "-S", str(SOURCE), "-B", str(folder), "-DGQSA_TEST_TOOLS=ON"]
+    chosen = ["-DGQSA_TEST_TOOLS=ON", "-DGQSA_WERROR=ON", *options]
+    configure = ["cmake", "-S", str(SOURCE), "-B", str(folder), *chosen]
     python = f"-DPython3_EXECUTABLE={sys.executable}"
     for command in (
-        [*configure, python, *options],
+        [*configure, python],
         ["cmake", "--build", str(folder), "-j", "2"],
     ):
         done = subprocess.run(command, capture_output=True, text=True, check=False)

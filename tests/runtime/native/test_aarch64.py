@@ -12,7 +12,7 @@ import pytest
 
 from gqsa_compiler import compile as gqsa_compile
 from gqsa_compiler import runtime
-from gqsa_compiler.artefact import BUNDLE, PROGRAM, native_folder
+from gqsa_compiler.native import PROGRAM, is_built, native_folder
 from gqsa_compiler.targets import host_arch
 from tests.runtime.native.programs import refusal
 from tests.tiny_checkpoints import make_checkpoint
@@ -30,9 +30,8 @@ def _tools() -> None:
     for tool in ("aarch64-linux-gnu-g++", "qemu-aarch64"):
         if shutil.which(tool) is None:
             pytest.skip(f"there is no {tool}")
-    folder = native_folder("aarch64")
-    if not (folder / PROGRAM).is_file() or not (folder / BUNDLE).is_dir():
-        pytest.skip("runtime/native/build.sh aarch64 has not been run")
+    if not is_built("aarch64"):
+        pytest.skip("gqsa native aarch64 has not been run")
 
 
 def _run(directory: Path, *words: str) -> subprocess.CompletedProcess[bytes]:
@@ -42,7 +41,8 @@ def _run(directory: Path, *words: str) -> subprocess.CompletedProcess[bytes]:
 
 def _same_tokens(checkpoint: Path, folder: Path, prompt: str, count: int, **options: Any) -> Path:
     """Compile for both machines, run both, and return the aarch64 bundle."""
-    gqsa_compile(str(checkpoint), folder / "here", activations="float32", **options)
+    options = {"activations": "float32", **options}  # which round alike everywhere
+    gqsa_compile(str(checkpoint), folder / "here", **options)
     gqsa_compile(str(checkpoint), folder / "there", target="aarch64", bundle=True, **options)
     with runtime.load(folder / "here") as model:
         wanted = model.generate(prompt, max_tokens=count, temperature=0)

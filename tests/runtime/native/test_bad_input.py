@@ -11,7 +11,12 @@ from typing import Any
 
 import pytest
 
-from gqsa_compiler.artefact import bundle_libraries
+from gqsa_compiler.bundle import add_bundle
+from gqsa_compiler.errors import ArtefactError
+from gqsa_compiler.runtime import load
+from gqsa_compiler.runtime.library import find_runtime
+from gqsa_compiler.runtime.manifest import Manifest
+from gqsa_compiler.targets import parse_target
 from tests.runtime.native.programs import Probe, Programs, refusal, run
 from tests.runtime.toy import edit_manifest
 
@@ -102,7 +107,7 @@ LIBRARIES = ["libtvm_ffi.so", "libtvm_runtime.so", "libtvm_runtime_extra.so"]
 @pytest.mark.parametrize("name", LIBRARIES)
 @pytest.mark.parametrize("share", [0.0, 0.0001, 0.5, 0.99])
 def test_a_truncated_bundle(programs: Programs, copy: Path, name: str, share: float) -> None:
-    bundle_libraries(copy)
+    add_bundle(copy, parse_target("cpu"))
     path = copy / "lib" / name
     data = path.read_bytes()
     path.write_bytes(data[: int(len(data) * share)])
@@ -114,18 +119,112 @@ def test_a_truncated_bundle(programs: Programs, copy: Path, name: str, share: fl
 
 @pytest.mark.parametrize("name", LIBRARIES)
 def test_an_incomplete_bundle(programs: Programs, copy: Path, name: str) -> None:
-    bundle_libraries(copy)
+    add_bundle(copy, parse_target("cpu"))
     (copy / "lib" / name).unlink()
     assert name in refusal(run(programs, copy, "-p", "the"), 1)
 
 
 def test_a_bundle_for_another_machine(programs: Programs, copy: Path) -> None:
-    bundle_libraries(copy)
+    add_bundle(copy, parse_target("cpu"))
     path = copy / "lib" / LIBRARIES[1]
     data = bytearray(path.read_bytes())
     data[18:20] = (8).to_bytes(2, "little")  # MIPS
     path.write_bytes(data)
     assert "another kind of machine" in refusal(run(programs, copy, "-p", "the"), 1)
+
+
+@pytest.mark.parametrize("name", LIBRARIES)
+def test_a_damaged_bundle(programs: Programs, copy: Path, name: str) -> None:
+    """One bit, where no header is: the hashes find it, here and in Python."""
+    add_bundle(copy, parse_target("cpu"))
+    path = copy / "lib" / name
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+    said = refusal(run(programs, copy, "-p", "the"), 1)
+    assert f"{name} is damaged: its SHA-256 is not that in SHA256SUMS" in said
+    if name != "libtvm_ffi.so":  # Python has its own
+        with pytest.raises(ArtefactError, match=f"{name} is damaged"):
+            find_runtime(copy, Manifest.read(copy))
+
+
+def test_a_library_that_the_sums_do_not_list(programs: Programs, copy: Path) -> None:
+    add_bundle(copy, parse_target("cpu"))
+    sums = copy / "lib" / "SHA256SUMS"
+    sums.write_text("".join(sums.read_text().splitlines(keepends=True)[1:]))
+    assert "does not list libtvm_runtime.so" in refusal(run(programs, copy, "-p", "the"), 1)
+
+
+def test_a_bundle_without_sums(programs: Programs, copy: Path) -> None:
+    """As releases before wrote it."""
+    add_bundle(copy, parse_target("cpu"))
+    (copy / "lib" / "SHA256SUMS").unlink()
+    assert run(programs, copy, "-p", "the", "--max-tokens", "1").returncode == 0
+    assert len(find_runtime(copy, Manifest.read(copy))) == 2
+
+
+def test_code_that_is_linked_into_another_program(programs: Programs, copy: Path) -> None:
+    edit_manifest(copy, lambda d: d["variants"][0]["library"].update(file="gqsa-run"))
+    said = refusal(run(programs, copy, "-p", "the"), 1)
+    assert f"in a program of its own: run {copy / 'gqsa-run'}" in said
+    with pytest.raises(ArtefactError, match="in a program of its own"):
+        load(copy)
+
+
+# Whether each is accepted; the two runtimes have to agree.
+GENERATION_CONFIGS: dict[str, bool] = {
+    "{}": True,
+    '{"temperature": null, "top_k": null, "do_sample": null, "eos_token_id": null}': True,
+    '{"top_k": 50.0, "top_p": 1, "min_p": 0, "repetition_penalty": 1}': True,
+    '{"top_k": 1e30}': True,
+    '{"top_k": 1000000000000000000000000000000}': True,
+    '{"top_k": 5.5}': False,
+    '{"top_k": "5"}': False,
+    '{"top_k": true}': False,
+    '{"top_k": [5]}': False,
+    '{"top_p": "0.9"}': False,
+    '{"min_p": false}': False,
+    '{"repetition_penalty": {}}': False,
+    '{"temperature": "warm"}': False,
+    '{"temperature": NaN}': False,
+    '{"temperature": Infinity}': False,
+    '{"do_sample": 1}': False,
+    '{"do_sample": "true"}': False,
+    '{"eos_token_id": [0, 3]}': True,
+    '{"eos_token_id": -1}': True,
+    '{"eos_token_id": 99999999999999999999}': False,
+    '{"eos_token_id": "0"}': False,
+    '{"eos_token_id": true}': False,
+    '{"eos_token_id": [0, null]}': True,
+    '{"eos_token_id": [0, [1]]}': False,
+    '{"eos_token_id": 1.0}': False,
+    "[" * 100_000: False,
+    "\ufeff{}": False,
+}
+
+
+@pytest.mark.parametrize("text", GENERATION_CONFIGS, ids=lambda text: text[:60])
+def test_generation_configs_as_in_python(programs: Programs, copy: Path, text: str) -> None:
+    (copy / "generation_config.json").write_text(text, encoding="utf-8")
+    done = run(programs, copy, "-p", "the", "--max-tokens", "1")
+    if GENERATION_CONFIGS[text]:
+        assert done.returncode == 0, done.stderr.decode()
+        load(copy).close()
+    else:
+        assert "generation_config.json" in refusal(done, 1)
+        with pytest.raises(ArtefactError, match=r"generation_config\.json"):
+            load(copy)
+
+
+@pytest.mark.parametrize("words", [[], ["--no-verify"]])
+def test_threads_that_cannot_start(programs: Programs, artefact: Path, words: list[str]) -> None:
+    """A stack larger than the address space: the system refuses every thread."""
+    command = [str(programs.run), str(artefact), "-p", "the", "--max-tokens", "1", *words]
+    done = subprocess.run(
+        ["sh", "-c", 'ulimit -s 4000000 && ulimit -v 3000000 && exec "$@"', "sh", *command],
+        capture_output=True, check=False,
+    )  # fmt: skip
+    assert "A thread cannot be started" in refusal(done, 1)
 
 
 def test_no_runtime_library(programs: Programs, copy: Path, tmp_path: Path) -> None:

@@ -13,8 +13,9 @@ from typing import Any
 import pytest
 
 from gqsa_compiler import runtime
-from gqsa_compiler.artefact import bundle_libraries, chat_prompt
+from gqsa_compiler.bundle import add_bundle, chat_prompt
 from gqsa_compiler.runtime.model import Model
+from gqsa_compiler.targets import parse_target
 from tests.runtime.native.programs import Programs, generated, options, refusal, run
 from tests.runtime.toy import CONTEXT
 
@@ -112,7 +113,7 @@ def bundle(artefact: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return the toy artefact with what `--bundle` adds."""
     directory = tmp_path_factory.mktemp("bundle") / "toy"
     shutil.copytree(artefact, directory)
-    bundle_libraries(directory)
+    add_bundle(directory, parse_target("cpu"))
     return directory
 
 
@@ -184,6 +185,14 @@ def test_help(programs: Programs) -> None:
     assert done.stdout.startswith(b"Usage: gqsa-run")
 
 
+def test_the_version(programs: Programs) -> None:
+    done = run(programs, "--version")
+    assert done.returncode == 0
+    assert done.stdout.decode() == f"gqsa-run {version('gqsa-compiler')}\n"
+    source = (Path(__file__).parents[3] / "pyproject.toml").read_text(encoding="utf-8")
+    assert f'version = "{version("gqsa-compiler")}"' in source
+
+
 def test_it_has_the_options_of_gqsa_run(programs: Programs) -> None:
     from typer.main import get_command
 
@@ -192,7 +201,8 @@ def test_it_has_the_options_of_gqsa_run(programs: Programs) -> None:
     command: Any = get_command(make_app())
     verbs = command.commands["run"].params
     said = run(programs, "--help").stdout.decode()
-    for option in (name for p in verbs for name in p.opts if name.startswith("--")):
+    names = {name for p in verbs for name in p.opts if name.startswith("--")}
+    for option in names - {"--rpc"}:  # that program is on the device already
         assert f"{option} " in said or f"{option}\n" in said, option
 
 

@@ -133,6 +133,13 @@ def test_folded_layers_are_stacked() -> None:
     check(spec, SMALL, layers, 1, rng, (1,))
 
 
+@pytest.mark.parametrize("symmetric", [False, True])
+def test_codes_of_2_bits_are_widened(symmetric: bool) -> None:
+    rng = np.random.default_rng(8)
+    layer = random_layer(rng.random((37, 13)) < 0.5, 16, rng, symmetric=symmetric, bits=2)
+    check(spec_of(layer, activation_dtype="float16"), SMALL, [layer], 1, rng, (1,))
+
+
 def test_what_it_runs() -> None:
     layer = random_layer(np.ones((4, 4), bool), 16, np.random.default_rng(0))
     spec = spec_of(layer, activation_dtype="float16")

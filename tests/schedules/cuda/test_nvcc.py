@@ -80,21 +80,44 @@ def test_the_default_configuration_builds_without_spills() -> None:
     check_uses(uses, config)
 
 
+def _spec(dtype: str, group_size: int = 16) -> LinearSpec:
+    fields = {"activation_dtype": dtype, "group_size": group_size}
+    return LinearSpec(**{**SPEC.__dict__, **fields})
+
+
 def _all() -> list[object]:
+    """List every configuration of every architecture, a few seconds of nvcc each."""
     return [
-        pytest.param(arch, dtype, id=f"{arch}-{dtype}")
+        pytest.param(
+            arch,
+            dtype,
+            config,
+            id=f"{arch}-{dtype}-w{config.warps}r{config.resident}d{config.depth}s{config.scale_bits}",
+        )
         for arch in ARCHES
         for dtype in ("float16", "int16")
+        for config in RULE.space(_spec(dtype), cuda_target(arch))
     ]
 
 
 @needs_nvcc
 @pytest.mark.slow
-@pytest.mark.parametrize(("arch", "dtype"), _all())
-def test_every_configuration_builds_without_spills(arch: str, dtype: str) -> None:
-    spec = LinearSpec(**{**SPEC.__dict__, "activation_dtype": dtype})
-    for config in RULE.space(spec, cuda_target(arch)):
-        check_uses(build(spec, config, arch), config)
+@pytest.mark.parametrize(("arch", "dtype", "config"), _all())
+def test_every_configuration_builds_without_spills(
+    arch: str, dtype: str, config: CudaConfig
+) -> None:
+    check_uses(build(_spec(dtype), config, arch), config)
+
+
+@needs_nvcc
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90"])
+@pytest.mark.parametrize("dtype", ["float16", "int16"])
+@pytest.mark.parametrize("group_size", [8, 32, 64, 128, 256])
+def test_other_group_sizes_build_without_spills(arch: str, dtype: str, group_size: int) -> None:
+    spec = _spec(dtype, group_size)
+    config = RULE.space(spec, cuda_target(arch))[0]
+    check_uses(build(spec, config, arch), config)
 
 
 def test_what_ptxas_says_is_read() -> None:

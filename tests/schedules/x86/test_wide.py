@@ -9,7 +9,8 @@ import pytest
 
 from gqsa_compiler.schedules.spec import Epilogue
 from gqsa_compiler.schedules.x86.bsr import X86BsrInt2, X86BsrInt4, X86BsrInt8, has_bfloat16
-from gqsa_compiler.schedules.x86.wide import LEAST, TILE, row_block
+from gqsa_compiler.schedules.x86.config import LEAST
+from gqsa_compiler.schedules.x86.wide import TILE, row_block
 from gqsa_compiler.targets import parse_target
 from tests.schedules.linear_cases import HOST, check, random_keep, random_layer, spec_of
 

@@ -101,8 +101,8 @@ void Bpe::read_merges(const Config& config) {
       throw config.damaged("has an entry that is no pair");
     }
     joined.assign(left).append(right);
-    merges_.push_back({id_of(left), id_of(right), static_cast<std::uint32_t>(merges_.size()),
-                       id_of(joined)});
+    merges_.push_back(
+        {id_of(left), id_of(right), static_cast<std::uint32_t>(merges_.size()), id_of(joined)});
   }
   // Of a pair that stands twice the last counts.
   std::sort(merges_.begin(), merges_.end(), [](const Merge& a, const Merge& b) {
@@ -111,11 +111,11 @@ void Bpe::read_merges(const Config& config) {
 }
 
 const Bpe::Merge* Bpe::merge(std::int32_t left, std::int32_t right) const {
-  const auto found = std::lower_bound(
-      merges_.begin(), merges_.end(), std::make_pair(left, right),
-      [](const Merge& m, const auto& key) {
-        return std::tie(m.left, m.right) < std::tie(key.first, key.second);
-      });
+  const auto found =
+      std::lower_bound(merges_.begin(), merges_.end(), std::make_pair(left, right),
+                       [](const Merge& m, const auto& key) {
+                         return std::tie(m.left, m.right) < std::tie(key.first, key.second);
+                       });
   const bool hit = found != merges_.end() && found->left == left && found->right == right;
   return hit ? &*found : nullptr;
 }
@@ -152,7 +152,8 @@ std::vector<std::int32_t> Bpe::characters(std::string_view text) const {
       return bytes_.empty() ? -1 : bytes_[static_cast<unsigned char>(byte)];
     };
     if (std::all_of(character.begin(), character.end(), [&](char b) { return byte_id(b) >= 0; })) {
-      for (const char byte : character) ids.push_back(byte_id(byte));
+      for (const char byte : character)
+        ids.push_back(byte_id(byte));
     } else if (unknown_) {
       if (pending && !fuse_unknown_) ids.push_back(*unknown_);
       pending = true;
@@ -182,7 +183,8 @@ void Bpe::encode(std::string_view text, std::vector<std::int32_t>& ids) const {
     const Merge* found = merge(parts[at].id, parts[parts[at].after].id);
     if (found != nullptr) queue.push({found->rank, at, found->made});
   };
-  for (std::size_t i = 0; i + 1 < parts.size(); ++i) offer(static_cast<int>(i));
+  for (std::size_t i = 0; i + 1 < parts.size(); ++i)
+    offer(static_cast<int>(i));
   while (!queue.empty()) {
     const Chance chance = queue.top();
     queue.pop();
@@ -198,7 +200,8 @@ void Bpe::encode(std::string_view text, std::vector<std::int32_t>& ids) const {
     offer(part.before);
     offer(chance.at);
   }
-  for (int at = 0; at >= 0; at = parts[at].after) ids.push_back(parts[at].id);
+  for (int at = 0; at >= 0; at = parts[at].after)
+    ids.push_back(parts[at].id);
 }
 
 }  // namespace gqsa

@@ -56,8 +56,8 @@ bool Config::flag(const char* key, bool otherwise) const {
 
 std::int64_t Config::integer(const char* key) const {
   const Config value = at(key);
-  if (!value.node.is_number_integer() || (value.node.is_number_unsigned() &&
-                                          value.node.get<std::uint64_t>() >> 63 != 0)) {
+  if (!value.node.is_number_integer() ||
+      (value.node.is_number_unsigned() && value.node.get<std::uint64_t>() >> 63 != 0)) {
     throw value.damaged("should be a whole number");
   }
   return value.node.get<std::int64_t>();

@@ -9,7 +9,8 @@ using Tokens = std::vector<std::string>;
 
 std::string join(const Tokens& tokens) {
   std::string text;
-  for (const std::string& token : tokens) text += token;
+  for (const std::string& token : tokens)
+    text += token;
   return text;
 }
 
@@ -38,7 +39,8 @@ void byte_fallback(Tokens& tokens) {
     if (is_utf8(bytes)) {
       made.push_back(bytes);
     } else {
-      for (std::size_t i = 0; i < bytes.size(); ++i) made.emplace_back("\xef\xbf\xbd");
+      for (std::size_t i = 0; i < bytes.size(); ++i)
+        made.emplace_back("\xef\xbf\xbd");
     }
     bytes.clear();
   };
@@ -58,9 +60,9 @@ void byte_fallback(Tokens& tokens) {
 // Cut at most `start` and `stop` times `content`, one character, off the ends.
 void strip(std::string& token, const std::string& content, std::int64_t start, std::int64_t stop) {
   const auto size = content.size();
-  for (; start > 0 && token.compare(0, size, content) == 0; --start) token.erase(0, size);
-  for (; stop > 0 && token.size() >= size &&
-         token.compare(token.size() - size, size, content) == 0;
+  for (; start > 0 && token.compare(0, size, content) == 0; --start)
+    token.erase(0, size);
+  for (; stop > 0 && token.size() >= size && token.compare(token.size() - size, size, content) == 0;
        --stop) {
     token.resize(token.size() - size);
   }
@@ -70,11 +72,13 @@ void add(const Config& config, Decoder& steps) {
   const std::string type = config.type();
   if (type == "Sequence") {
     const Config inner = config.at("decoders");
-    for (std::size_t i = 0; i < inner.list().size(); ++i) add(inner.item(i), steps);
+    for (std::size_t i = 0; i < inner.list().size(); ++i)
+      add(inner.item(i), steps);
   } else if (type == "ByteLevel") {
     steps.push_back([](Tokens& tokens) {
       std::string bytes;
-      for (const std::string& token : tokens) bytes += characters_to_bytes(token);
+      for (const std::string& token : tokens)
+        bytes += characters_to_bytes(token);
       tokens = {lossy_utf8(bytes)};
     });
   } else if (type == "ByteFallback") {
@@ -86,7 +90,8 @@ void add(const Config& config, Decoder& steps) {
     const std::int64_t start = config.integer("start"), stop = config.integer("stop");
     if (count_characters(content) != 1) throw config.damaged("should have one character");
     steps.push_back([=](Tokens& tokens) {
-      for (std::string& token : tokens) strip(token, content, start, stop);
+      for (std::string& token : tokens)
+        strip(token, content, start, stop);
     });
   } else if (type == "Replace") {
     const Config pattern = config.at("pattern");
@@ -94,7 +99,8 @@ void add(const Config& config, Decoder& steps) {
     const std::string from = pattern.text("String"), to = config.text("content");
     if (from.empty()) throw pattern.damaged("is empty");
     steps.push_back([from, to](Tokens& tokens) {
-      for (std::string& token : tokens) replace_all(token, from, to);
+      for (std::string& token : tokens)
+        replace_all(token, from, to);
     });
   } else if (type == "Metaspace") {
     const std::string mark = config.text("replacement");
@@ -117,7 +123,8 @@ Decoder read_decoder(const Config& config) {
   Decoder steps;
   if (config.is_null()) {
     steps.push_back([](Tokens& tokens) {
-      for (std::size_t i = 1; i < tokens.size(); ++i) tokens[i].insert(0, " ");
+      for (std::size_t i = 1; i < tokens.size(); ++i)
+        tokens[i].insert(0, " ");
     });
   } else {
     add(config, steps);

@@ -8,7 +8,8 @@ void add(const Config& config, Normalizer& steps) {
   const std::string type = config.type();
   if (type == "Sequence") {
     const Config inner = config.at("normalizers");
-    for (std::size_t i = 0; i < inner.list().size(); ++i) add(inner.item(i), steps);
+    for (std::size_t i = 0; i < inner.list().size(); ++i)
+      add(inner.item(i), steps);
   } else if (type == "NFC" || type == "NFD" || type == "NFKC" || type == "NFKD") {
     const Form form = type == "NFC"    ? Form::nfc
                       : type == "NFD"  ? Form::nfd

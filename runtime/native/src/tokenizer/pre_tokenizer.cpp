@@ -108,8 +108,8 @@ std::vector<Span> behave(std::vector<Span> spans, Behavior behavior) {
 void put(const Piece& piece, const std::vector<Span>& spans, std::vector<Piece>& out) {
   for (const Span& span : spans) {
     if (span.end > span.begin) {
-      out.push_back({piece.text.substr(span.begin, span.end - span.begin),
-                     piece.first && span.begin == 0});
+      out.push_back(
+          {piece.text.substr(span.begin, span.end - span.begin), piece.first && span.begin == 0});
     }
   }
 }
@@ -166,7 +166,8 @@ void add_byte_level(const Config& config, PreTokenizer& steps) {
     } else {
       out.push_back(whole);
     }
-    for (std::size_t i = begin; i < out.size(); ++i) out[i].text = bytes_to_characters(out[i].text);
+    for (std::size_t i = begin; i < out.size(); ++i)
+      out[i].text = bytes_to_characters(out[i].text);
   });
 }
 
@@ -199,7 +200,8 @@ void add(const Config& config, PreTokenizer& steps) {
   const std::string type = config.type();
   if (type == "Sequence") {
     const Config inner = config.at("pretokenizers");
-    for (std::size_t i = 0; i < inner.list().size(); ++i) add(inner.item(i), steps);
+    for (std::size_t i = 0; i < inner.list().size(); ++i)
+      add(inner.item(i), steps);
   } else if (type == "Split") {
     add_split(config, steps);
   } else if (type == "ByteLevel") {
@@ -230,7 +232,8 @@ std::vector<Piece> pre_tokenize(const PreTokenizer& steps, Piece piece) {
   if (!piece.text.empty()) pieces.push_back(std::move(piece));
   for (const auto& step : steps) {
     std::vector<Piece> cut;
-    for (const Piece& each : pieces) step(each, cut);
+    for (const Piece& each : pieces)
+      step(each, cut);
     pieces = std::move(cut);
   }
   return pieces;

@@ -34,8 +34,8 @@ void Tokenizer::read_added(const Config& config) {
   if (config.is_null()) return;
   for (std::size_t i = 0; i < config.list().size(); ++i) {
     const Config token = config.item(i);
-    Added added{token.text("content"), 0, token.flag("special", false),
-                token.flag("lstrip", false), token.flag("rstrip", false)};
+    Added added{token.text("content"), 0, token.flag("special", false), token.flag("lstrip", false),
+                token.flag("rstrip", false)};
     if (added.text.empty()) continue;
     if (token.flag("single_word", false)) throw token.unsupported("a single_word token");
     const std::int64_t id = token.integer("id");
@@ -44,12 +44,14 @@ void Tokenizer::read_added(const Config& config) {
       throw token.damaged("has another id than its vocabulary");
     }
     added.id = static_cast<std::int32_t>(id);
-    if (!added_.emplace(added.id, added.text).second) throw token.damaged("has an id that is taken");
+    if (!added_.emplace(added.id, added.text).second)
+      throw token.damaged("has an id that is taken");
     added_ids_[added.text] = added.id;
     if (added.special) special_.insert(added.text);
     const bool normalized = token.flag("normalized", true);
     if (normalized) {  // which is also how the token reads when it is decoded
-      for (const auto& step : normalizer_) step(added.text);
+      for (const auto& step : normalizer_)
+        step(added.text);
       added_[added.id] = added.text;
       if (added.text.empty()) continue;
     }
@@ -90,7 +92,8 @@ std::vector<Tokenizer::Section> Tokenizer::cut(const Section& section, const Ind
     if (plain && found->special) continue;
     if (found->left_strip) {
       for (std::size_t i = begin; i > start;) {
-        do --i;
+        do
+          --i;
         while (i > start && (static_cast<unsigned char>(text[i]) >> 6) == 2);
         if (!is_whitespace(character_at(text, i))) break;
         begin = i;
@@ -119,7 +122,8 @@ std::vector<std::int32_t> Tokenizer::encode(std::string_view text, bool add_spec
       ids.push_back(outer.id);
       continue;
     }
-    for (const auto& step : normalizer_) step(outer.text);
+    for (const auto& step : normalizer_)
+      step(outer.text);
     for (Section& inner : cut(outer, *normalized_, plain)) {
       if (inner.id >= 0) {
         ids.push_back(inner.id);
@@ -134,21 +138,22 @@ std::vector<std::int32_t> Tokenizer::encode(std::string_view text, bool add_spec
   return ids;
 }
 
-std::string Tokenizer::decode(const std::int32_t* ids, std::size_t count,
-                              bool skip_special) const {
+std::string Tokenizer::decode(const std::int32_t* ids, std::size_t count, bool skip_special) const {
   std::vector<std::string> tokens;
   for (std::size_t i = 0; i < count; ++i) {
     const auto added = added_.find(ids[i]);
-    std::optional<std::string_view> token =
-        added != added_.end() ? std::optional<std::string_view>(added->second)
-                              : model_->token(ids[i]);
+    std::optional<std::string_view> token = added != added_.end()
+                                                ? std::optional<std::string_view>(added->second)
+                                                : model_->token(ids[i]);
     if (!token) continue;
     std::string text(*token);
     if (!skip_special || special_.count(text) == 0) tokens.push_back(std::move(text));
   }
-  for (const auto& step : decoder_) step(tokens);
+  for (const auto& step : decoder_)
+    step(tokens);
   std::string text;
-  for (const std::string& token : tokens) text += token;
+  for (const std::string& token : tokens)
+    text += token;
   return text;
 }
 

@@ -32,10 +32,10 @@ _BINARY = {
 
 @dataclass(frozen=True)
 class Launch:
-    """One launch: a device function, its arguments in order (arrays or integers), its sizes."""
+    """One launch: a device function, its arguments in order (arrays or numbers), its sizes."""
 
     name: str
-    arguments: tuple[Array | int, ...]
+    arguments: tuple[Array | int | float, ...]
     grid: tuple[int, int, int]
     threads: tuple[int, int, int]
     shared_bytes: int
@@ -48,7 +48,7 @@ class Host:
     ----------
     function : PrimFunc
         The entry function of a lowered module.
-    arrays : sequence of array
+    arrays : sequence of array or number
         Its arguments, in order.
 
     Raises
@@ -57,24 +57,33 @@ class Host:
         An argument has not the declared shape or dtype.
     """
 
-    def __init__(self, function: Any, arrays: Sequence[Array]) -> None:
+    def __init__(self, function: Any, arrays: Sequence[Array | int | float]) -> None:
         self.values: dict[Any, Any] = {}
         self.launches: list[Launch] = []
         params = list(function.params)
         assert len(params) == len(arrays), f"{len(params)} arguments are declared"
         for param, array in zip(params, arrays, strict=True):
             self._bind_argument(param, array)
+        for param, array in zip(params, arrays, strict=True):
+            if isinstance(array, np.ndarray):
+                shape = tuple(self._value(extent) for extent in param.ty.shape)
+                assert shape == array.shape, f"{param.name}: {array.shape}, not {param.ty.shape}"
         self._run(function.body)
 
-    def _bind_argument(self, param: Any, array: Array) -> None:
+    def _bind_argument(self, param: Any, array: Array | int | float) -> None:
+        if not isinstance(array, np.ndarray):
+            assert not hasattr(param.ty, "shape"), f"{param.name} should be an array"
+            self.values[param] = array
+            return
         shape = param.ty.shape
         assert len(shape) == array.ndim, f"{param.name} has {array.ndim} axes"
         assert str(param.ty.dtype.dtype) == str(array.dtype), f"{param.name}: {array.dtype}"
         for extent, size in zip(shape, array.shape, strict=True):
             if type(extent).__name__ == "Var":
-                assert self.values.setdefault(extent, size) == size, f"{param.name}: {extent}"
-            else:
-                assert self._value(extent) == size, f"{param.name}: {array.shape}, not {shape}"
+                self.values.setdefault(extent, size)
+        # What begins inside its memory begins at its start here.
+        if type(param.elem_offset).__name__ == "Var":
+            self.values[param.elem_offset] = 0
         self.values[param] = array
 
     def _run(self, node: Any) -> None:

@@ -82,6 +82,8 @@ class Executable:
             if isinstance(argument, np.ndarray):
                 words += [1, len(arrays)]
                 arrays.append(argument)
+            elif isinstance(argument, float):
+                words += [0, int(np.float32(argument).view(np.uint32))]
             else:
                 words += [0, int(argument)]
         head = [self.kernels.index(launch.name), order, *launch.grid, *launch.threads]
@@ -111,12 +113,12 @@ class Program:
     host: Any
     device: Executable
 
-    def run(self, arrays: Sequence[Array], order: int = 0) -> list[Array]:
-        """Run the kernel on copies of `arrays`; return them as it left them.
+    def run(self, arrays: Sequence[Array | int | float], order: int = 0) -> list[Array]:
+        """Run the kernel on copies of `arrays`, or numbers; return them as it left them.
 
         `order` and errors are those of `Executable.launch`.
         """
-        copies = [np.array(a, order="C") for a in arrays]
+        copies = [np.array(a, order="C") if isinstance(a, np.ndarray) else a for a in arrays]
         for launch in Host(self.host, copies).launches:
             self.device.launch(launch, order)
         return copies
@@ -145,6 +147,7 @@ def _dispatch(kernels: list[tuple[str, str]]) -> str:
         for i, parameter in enumerate(parameters.split(",")):
             kind = parameter.strip().rsplit(" ", 1)[0].replace("__restrict__", "").strip()
             value = f"a[{i}]" if kind.endswith("*") else f"*(int64_t*)a[{i}]"
+            value = f"*(float*)a[{i}]" if kind == "float" else value
             arguments.append(f"({kind}){value}")
         lines.append(f"static void call_{name}(void** a) {{ {name}({', '.join(arguments)}); }}")
     table = ", ".join(f"call_{name}" for name, _ in kernels)

@@ -1,0 +1,251 @@
+"""Compress a PyTorch module in one shot and write it as a module checkpoint."""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gqsa_compiler.checkpoint import BSRLayer
+from gqsa_compiler.compress.recipes.recipe import Recipe
+from gqsa_compiler.compress.request import PathText
+from gqsa_compiler.compress.solver.grouped import GroupedWeight
+from gqsa_compiler.compress.solver.hessian import MomentAccumulator
+from gqsa_compiler.compress.solver.oneshot import compress_rows
+from gqsa_compiler.compress.store import producer, to_layer
+from gqsa_compiler.errors import ModelError, UsageError
+from gqsa_compiler.export.onnx_module import relax_to_onnx
+from gqsa_compiler.frontends.torch_export import import_module
+from gqsa_compiler.frontends.torch_model import to_numpy
+from gqsa_compiler.modules import capture
+from gqsa_compiler.modules.result import DenseLayer, ModuleReport
+from gqsa_compiler.modules.solve import (
+    ON_PURPOSE,
+    bits_per_weight,
+    block_diagonal,
+    layer_report,
+    misfit,
+    module_recipe,
+)
+from gqsa_compiler.modules.write import quantization_of, write_checkpoint
+from gqsa_compiler.outdir import check_output
+from gqsa_compiler.progress import Progress
+
+
+def compress_module(
+    module: nn.Module,
+    example_inputs: Sequence[Any],
+    recipe: PathText | Recipe,
+    output: str | Path,
+    *,
+    calibration: Sequence[Sequence[Any]] | None = None,
+    dynamic_shapes: Any = None,
+    ignore: Sequence[str] = (),
+    outputs: Sequence[str] = (),
+    overwrite: bool = False,
+    progress: Progress | None = None,
+) -> ModuleReport:
+    """Compress every linear layer of a PyTorch module that the recipe's groups fit.
+
+    Convolutions whose windows do not overlap (1 x 1, and patches), grouped ones too, are linear
+    layers here. A layer is compressed on what the compressed layers before it give.
+
+    Parameters
+    ----------
+    module : nn.Module
+        It is copied, and left as it is.
+    example_inputs : sequence
+        Positional arguments of its `forward`, which `torch.export` traces it with.
+    recipe : str, path or Recipe
+        A preset's name, e.g. ``w4s30g16``, or a YAML file; its training stages are left out.
+    output : path
+        The module checkpoint to make; it appears when it is whole.
+    calibration : sequence of sequences, optional
+        Positional arguments of other calls, to learn from; the example inputs by default.
+    dynamic_shapes : optional
+        Which sizes vary, as `torch.export.export` takes it. All are fixed by default.
+    ignore : sequence of str
+        Layers to leave dense: module paths, or patterns with ``*``.
+    outputs : sequence of str
+        What the outputs are called.
+    overwrite : bool
+        Replace an existing checkpoint.
+    progress : callable, optional
+        Called with (stage, done, total).
+
+    Returns
+    -------
+    ModuleReport
+
+    Raises
+    ------
+    UsageError
+        The recipe does not exist or is not for modules, or the output exists.
+    ModelError
+        The module cannot be traced or imported, or no layer fits.
+    """
+    began = time.monotonic()
+    chosen = module_recipe(recipe)
+    check_output(output, overwrite)
+    say = progress or (lambda _stage, _done, _total: None)
+    batches = [tuple(batch) for batch in calibration or [example_inputs]]
+    if not batches:
+        raise UsageError("There are no calibration inputs; give at least one batch.")
+    work = _Compression(module, batches, chosen, ignore, say)
+    layers = work.run()
+    say("exporting", 0, 1)
+    graph = import_module(work.module, example_inputs, dynamic_shapes)
+    weights = work.weight_names(graph.parameters)
+    named = graph.names
+    model, used = relax_to_onnx(
+        graph.mod,
+        {name: to_numpy(tensor.cpu()) for name, tensor in graph.parameters.items()},
+        weights,
+        producer(),
+        sizes=named,
+        outputs=tuple(outputs),
+    )
+    in_graph = {layer.name for layer in used}
+    for layer in layers:
+        if layer.name not in in_graph:
+            work.dense[layer.name] = "no output of the module depends on it"
+    layers = [layer for layer in layers if layer.name in in_graph]
+    dense = sorted(work.dense.items())
+    quantization = quantization_of(
+        layers, chosen.sparsity, chosen.balance, [n for n, reason in dense if reason == ON_PURPOSE]
+    )
+    bounds = {named.get(key, key): value for key, value in graph.bounds.items()}
+    write_checkpoint(
+        output, model, layers, quantization, bounds, name=type(module).__name__, overwrite=overwrite
+    )
+    say("exporting", 1, 1)
+    return ModuleReport(
+        module=type(module).__name__,
+        recipe=chosen.name,
+        output=str(output),
+        layers=tuple(layer_report(layer) for layer in layers),
+        dense=tuple(DenseLayer(*item) for item in dense),
+        bits_per_weight=bits_per_weight(layers),
+        seconds=time.monotonic() - began,
+    )
+
+
+def _all_parameters(module: nn.Module) -> list[tuple[str, Tensor]]:
+    return list(module.named_parameters(remove_duplicate=False))
+
+
+class _Compression:
+    """The layers of one module, compressed in the order that they run."""
+
+    def __init__(
+        self,
+        module: nn.Module,
+        batches: Sequence[tuple[Any, ...]],
+        recipe: Recipe,
+        ignore: Sequence[str],
+        progress: Progress,
+    ) -> None:
+        self.original = copy.deepcopy(module).cpu().float().eval()
+        self.module = copy.deepcopy(self.original)
+        self.module.requires_grad_(False)
+        self.dense: dict[str, str] = {}
+        self._batches = [(batch, dict[str, Any]()) for batch in batches]
+        self._recipe, self._progress = recipe, progress
+        self._layers = capture.find_layers(self.module)
+        self._before = capture.find_layers(self.original)
+        self._done: dict[str, BSRLayer] = {}
+        for name, layer in self._layers.items():
+            reason = misfit(name, capture.columns(layer), recipe, ignore)
+            if reason is None and capture.overlaps(layer):
+                reason = "a convolution whose windows overlap"
+            if reason is None and self._shared(name, layer):
+                reason = "its weight is another layer's too"
+            if reason is not None:
+                self.dense[name] = reason
+
+    def _shared(self, name: str, layer: capture.Layer) -> bool:
+        owners = [n for n, p in _all_parameters(self.module) if p is layer.weight]
+        modules = dict(self.module.named_modules(remove_duplicate=False))
+        return any(modules[n.rpartition(".")[0]] is not layer for n in owners)
+
+    @torch.no_grad()
+    def run(self) -> list[BSRLayer]:
+        """Compress all layers; returns them in the order that they run."""
+        wanted = {n: layer for n, layer in self._layers.items() if n not in self.dense}
+        groups = capture.input_groups(self.module, wanted, self._batches[0])
+        ran = {name for members in groups for name in members}
+        for name in wanted.keys() - ran:
+            self.dense[name] = "it did not run, or not as a module of its own"
+        if not ran:
+            raise ModelError(
+                f"{type(self.original).__name__} has no linear layer that groups of "
+                f"{self._recipe.group_size} fit."
+            )
+        for done, members in enumerate(groups):
+            self._progress("compressing layers", done, len(groups))
+            self._group(members)
+        self._progress("compressing layers", len(groups), len(groups))
+        return list(self._done.values())
+
+    def _group(self, members: tuple[str, ...]) -> None:
+        leader = members[0]
+        count = capture.parts(self._layers[leader])
+        moments = [MomentAccumulator() for _ in range(count)]
+        for batch in self._batches:
+            dense = self._inputs(self.original, self._before, leader, batch)
+            inputs = self._inputs(self.module, self._layers, leader, batch)
+            for have, want in zip(inputs, dense, strict=True):
+                pairs = zip(
+                    moments,
+                    capture.rows(self._layers[leader], have),
+                    capture.rows(self._layers[leader], want),
+                    strict=True,
+                )
+                for accumulator, x, d in pairs:
+                    accumulator.add(x.contiguous(), dense=d.contiguous())
+        results: list[list[GroupedWeight]] = []
+        for part, accumulator in enumerate(moments):
+            weights = [self._weight(name, part, count) for name in members]
+            results.append(
+                compress_rows(
+                    weights,
+                    accumulator.finish(leader),
+                    [self._recipe.target] * len(members),
+                    self._recipe,
+                    list(members),
+                )
+            )
+        for index, name in enumerate(members):
+            found = [result[index] for result in results]
+            layer = self._layers[name]
+            decoded = torch.cat([weight.decode() for weight in found])
+            layer.weight.copy_(decoded.reshape(layer.weight.shape))
+            one = to_layer(name, found[0]) if count == 1 else block_diagonal(name, found)
+            self._done[name] = one
+
+    def _weight(self, name: str, part: int, count: int) -> Tensor:
+        weight = self._layers[name].weight.flatten(1)
+        return weight.chunk(count)[part]
+
+    def _inputs(
+        self,
+        module: nn.Module,
+        layers: Mapping[str, capture.Layer],
+        name: str,
+        batch: capture.Batch,
+    ) -> list[Tensor]:
+        found: list[Tensor] = []
+        arguments, keywords = batch
+        with capture.watched(layers, (name,), lambda _name, tensor: found.append(tensor.float())):
+            module(*arguments, **keywords)
+        return found
+
+    def weight_names(self, parameters: Mapping[str, Tensor]) -> dict[str, BSRLayer]:
+        """Return the compressed layers by their weight's name in the exported graph."""
+        places = {p.data_ptr(): n for n, p in parameters.items()}
+        return {places[self._layers[n].weight.data_ptr()]: one for n, one in self._done.items()}

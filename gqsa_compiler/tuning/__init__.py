@@ -1,0 +1,1 @@
+"""Autotuning: tasks of a model, measurements, search, and the database of what was measured."""

@@ -1,0 +1,1 @@
+"""Measuring candidates: in a process here, over RPC, or in a bundle on another machine."""

@@ -1,0 +1,156 @@
+"""The GPUs of this machine, as NVIDIA's driver tells them, and whether one can run an artefact.
+
+The driver is asked through its C interface, before anything of TVM's or CUDA's is loaded: those
+say in a stack trace what is a sentence here.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from gqsa_compiler.runtime.errors import ArtefactError
+
+CPU, CUDA = 1, 2
+"""DLPack's numbers of the device types."""
+LEAST_DRIVER = (13, 0)
+"""The release of CUDA that TVM's runtime was built with: the driver must know it."""
+_LIBRARY = "libcuda.so.1"
+_MAJOR, _MINOR = 75, 76  # CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_*
+_CODE = re.compile(r"(sm|compute)_(\d+)(\d)")
+
+
+class Driver(Protocol):
+    """What is asked of a driver."""
+
+    def version(self) -> tuple[int, int]:
+        """Return the newest release of CUDA that it knows."""
+
+    def count(self) -> int:
+        """Count the GPUs."""
+
+    def capability(self, device: int) -> tuple[int, int]:
+        """Return a GPU's compute capability, major and minor."""
+
+    def name(self, device: int) -> str:
+        """Return a GPU's name."""
+
+
+@dataclass(frozen=True)
+class CudaDriver:
+    """NVIDIA's driver, initialised."""
+
+    library: Any
+
+    def _call(self, name: str, *arguments: Any) -> None:
+        status = getattr(self.library, name)(*arguments)
+        if status != 0:
+            raise ArtefactError(
+                f"NVIDIA's driver fails ({name} returns {status}); see what nvidia-smi says."
+            )
+
+    def version(self) -> tuple[int, int]:
+        """Return the newest release of CUDA that it knows."""
+        value = ctypes.c_int()
+        self._call("cuDriverGetVersion", ctypes.byref(value))
+        return value.value // 1000, value.value % 1000 // 10
+
+    def count(self) -> int:
+        """Count the GPUs."""
+        value = ctypes.c_int()
+        self._call("cuDeviceGetCount", ctypes.byref(value))
+        return value.value
+
+    def capability(self, device: int) -> tuple[int, int]:
+        """Return a GPU's compute capability, major and minor."""
+        return self._attribute(_MAJOR, device), self._attribute(_MINOR, device)
+
+    def name(self, device: int) -> str:
+        """Return a GPU's name."""
+        text = ctypes.create_string_buffer(256)
+        self._call("cuDeviceGetName", text, len(text), device)
+        return text.value.decode(errors="replace")
+
+    def _attribute(self, attribute: int, device: int) -> int:
+        value = ctypes.c_int()
+        self._call("cuDeviceGetAttribute", ctypes.byref(value), attribute, device)
+        return value.value
+
+
+def open_driver(library: str = _LIBRARY) -> CudaDriver:
+    """Load and initialise NVIDIA's driver.
+
+    Raises
+    ------
+    ArtefactError
+        There is none, or no GPU that it drives.
+    """
+    try:
+        loaded = ctypes.CDLL(library)
+    except OSError:
+        raise ArtefactError(
+            f"This machine has no NVIDIA driver ({library} cannot be loaded), so nothing can run "
+            "on a GPU; install the driver, or compile for this machine's CPU with --target cpu."
+        ) from None
+    driver = CudaDriver(loaded)
+    status = loaded.cuInit(0)
+    if status != 0 or driver.count() == 0:
+        raise ArtefactError(
+            f"NVIDIA's driver finds no GPU here (cuInit returns {status}); see what nvidia-smi "
+            "says, or compile for this machine's CPU with --target cpu."
+        )
+    return driver
+
+
+def check_gpu(name: str, code: Sequence[str], driver: Driver, device: int = 0) -> None:
+    """Refuse a driver that is too old, and a GPU that none of the code is for.
+
+    Parameters
+    ----------
+    name : str
+        The target's, for the message.
+    code : sequence of str
+        What the artefact holds: ``sm_90`` (machine code, for its compute capability and later
+        minor ones) or ``compute_80`` (PTX, for it and all later ones).
+    driver : Driver
+    device : int
+        The GPU's number.
+
+    Raises
+    ------
+    ArtefactError
+    """
+    if not 0 <= device < driver.count():
+        raise ArtefactError(
+            f"There is no GPU {device} here; the driver finds {driver.count()}, counted from 0."
+        )
+    have = driver.version()
+    if have < LEAST_DRIVER:
+        raise ArtefactError(
+            f"NVIDIA's driver is too old: it knows CUDA {have[0]}.{have[1]} and "
+            f"{LEAST_DRIVER[0]}.{LEAST_DRIVER[1]} is needed; install driver 580 or later."
+        )
+    capability = driver.capability(device)
+    if not any(_runs(item, capability) for item in code):
+        major, minor = capability
+        raise ArtefactError(
+            f"This artefact was compiled for {name} ({', '.join(code)}) and the GPU here, "
+            f"{driver.name(device)}, has compute capability {major}.{minor}; compile it again "
+            f"with --target cuda:sm_{major}{minor}."
+        )
+
+
+def _runs(code: str, capability: tuple[int, int]) -> bool:
+    """Tell whether a GPU can run what a code says it is."""
+    found = _CODE.fullmatch(code)
+    if found is None:
+        return False
+    built = int(found[2]), int(found[3])
+    same_major = found[1] == "compute" or built[0] == capability[0]
+    return same_major and built <= capability
+
+
+__all__ = ["CPU", "CUDA", "LEAST_DRIVER", "CudaDriver", "Driver", "check_gpu", "open_driver"]

@@ -1,0 +1,106 @@
+"""Models compiled for GPUs: what the artefact holds, and their numbers under the emulation."""
+
+from __future__ import annotations
+
+import json
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from gqsa_compiler import compile as gqsa_compile
+from gqsa_compiler import runtime
+from gqsa_compiler.compile import CompileOptions, plan_kernels
+from gqsa_compiler.errors import ArtefactError, CompileError, UsageError
+from gqsa_compiler.runtime.gpus import open_driver
+from gqsa_compiler.runtime.manifest import Manifest
+from gqsa_compiler.schedules.cuda import nvcc
+from tests.e2e.cuda_emulated import emulated_gpu
+from tests.schedules.cuda.test_nvcc import needs_nvcc
+from tests.tiny_checkpoints import make_checkpoint
+from tests.tiny_models import make_tiny
+
+TOKENS = np.random.default_rng(0).integers(3, 300, 45)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a tiny compressed Llama with one layer."""
+    folder = tmp_path_factory.mktemp("cuda")
+    dense = make_tiny("llama", folder / "dense", num_hidden_layers=1)
+    return make_checkpoint(dense, folder / "checkpoint")
+
+
+def test_every_function_of_a_model_has_a_kernel(checkpoint: Path) -> None:
+    plan, _ = plan_kernels(str(checkpoint), CompileOptions(target="cuda:sm_90"))
+    assert {kernel.rule.name for kernel in plan.kernels} == {"cuda.bsr_int4", "cuda.bsr_int8"}
+    assert plan.kernels[-1].rule.name == "cuda.bsr_int8"  # the head, the last layer of all
+    stored = CompileOptions(target="cuda:sm_80", head="stored", activations="int16")
+    plan, _ = plan_kernels(str(checkpoint), stored)
+    assert {kernel.rule.name for kernel in plan.kernels} == {"cuda.bsr_int4", "cuda.dense"}
+
+
+def test_without_nvcc_nothing_is_begun(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(nvcc.shutil, "which", lambda _: None)
+    monkeypatch.setattr(nvcc, "_package_folders", lambda: ())
+    with pytest.raises(CompileError, match=r"nvcc.*pip install 'gqsa-compiler\[cuda\]'"):
+        gqsa_compile(str(checkpoint), tmp_path / "artefact", target="cuda:sm_90")
+
+
+def test_a_gpu_keeps_keys_and_values_in_float16(checkpoint: Path, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"kept in float16, not in float32"):
+        gqsa_compile(str(checkpoint), tmp_path / "a", target="cuda:sm_90", kv_cache="float32")
+
+
+@needs_nvcc
+@pytest.mark.slow
+def test_an_artefact_holds_machine_code(checkpoint: Path, tmp_path: Path) -> None:
+    """No source, one cubin of the named architecture; here, without a driver, it says so."""
+    output = tmp_path / "artefact"
+    gqsa_compile(str(checkpoint), output, target="cuda:sm_90", bundle=True)
+    target = Manifest.read(output).variants[0].target
+    assert (target.kind, target.arch, target.flags) == ("cuda", "sm_90", ("sm_90",))
+    assert (target.device_type, target.triple.endswith("-linux-gnu")) == (2, True)
+    code = (output / "model.so").read_bytes()
+    assert b"__global__" not in code
+    assert (output / "lib" / "libtvm_runtime_cuda.so").is_file()
+    try:
+        open_driver()
+    except ArtefactError:
+        with pytest.raises(ArtefactError, match="no NVIDIA driver"):
+            runtime.load(output)
+
+
+def _logits(artefact: Path) -> list[Any]:
+    """Return logits after a prompt, after tokens on their own, and of a scored text."""
+    with runtime.load(artefact) as model, closing(model.session()) as session:
+        number = session.add()
+        found = [np.array(session.prefill(number, TOKENS[:30]))]
+        found += [np.array(session.decode([number], [int(t)])[0]) for t in TOKENS[30:33]]
+        found.append(np.array(session.prefill(number, TOKENS[33:40])))
+        other = session.add()
+        session.prefill(other, TOKENS[:5])
+        found.append(np.array(session.decode([number, other], [7, 8])))
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("activations", ["float16", "int16"])
+def test_the_emulated_model_agrees_with_the_cpu(
+    checkpoint: Path, tmp_path: Path, activations: str
+) -> None:
+    options: dict[str, Any] = {"prefill_chunk": 16, "max_batch": 2, "context_length": 64}
+    gqsa_compile(str(checkpoint), tmp_path / "cpu", activations="float32", **options)
+    want = _logits(tmp_path / "cpu")
+    with emulated_gpu():
+        options["activations"] = activations
+        gqsa_compile(str(checkpoint), tmp_path / "gpu", target="cuda:sm_90", **options)
+        got = _logits(tmp_path / "gpu")
+    report = json.loads((tmp_path / "gpu" / "report.json").read_text())
+    assert set(report["kernel_counts"]) == {"cuda.bsr_int4", "cuda.bsr_int8"}
+    for mine, theirs in zip(got, want, strict=True):
+        assert np.abs(mine - theirs).max() < 0.01 * np.abs(theirs).max()

@@ -1,0 +1,145 @@
+"""Measuring over RPC: in this process's own session, and with a tracker and servers."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from gqsa_compiler._tvm import tvm
+from gqsa_compiler.errors import GqsaError, UsageError
+from gqsa_compiler.tuning import session as session_module
+from gqsa_compiler.tuning.measure.remote import (
+    RemoteMeasurer,
+    parse_tracker,
+    tracker_connect,
+)
+from tests.tuning.conftest import SMALL, Bench
+from tests.tuning.fakes import FakeMeasurer, patch, session
+
+
+@contextmanager
+def servers(key: str, count: int) -> Iterator[tuple[str, int]]:
+    """Run a tracker and some servers on this machine; gives the tracker's host and port."""
+    from tvm import rpc
+    from tvm.rpc.tracker import Tracker
+
+    tracker = Tracker("127.0.0.1", 9190, 9290, silent=True)
+    running = []
+    try:
+        for _ in range(count):
+            address = ("127.0.0.1", tracker.port)
+            running.append(
+                rpc.Server("127.0.0.1", 9300, 9400, tracker_addr=address, key=key, silent=True)
+            )
+        yield "127.0.0.1", tracker.port
+    finally:
+        for server in running:
+            server.terminate()
+        tracker.terminate()
+
+
+def local_session(_seconds: float) -> Any:
+    """Return a session that is this process."""
+    return tvm.rpc.LocalSession()
+
+
+def test_a_right_candidate_is_timed(bench: Bench) -> None:
+    measurer = RemoteMeasurer(local_session, 1, "here")
+    outcome = measurer.measure(bench.work, bench.default, bench.default)
+    assert (outcome.status, outcome.message) == ("ok", "")
+    assert {m: len(s) for m, s in outcome.samples.items()} == {1: SMALL.rounds, 5: SMALL.rounds}
+    assert measurer.machine == {"host": "here", "how": "rpc"}
+
+
+@pytest.mark.parametrize("body", ["", "for (long i = 0; i < size; ++i) y[i] = 0;"])
+def test_a_wrong_candidate_is_told(bench: Bench, planted: Callable[[str], Path], body: str) -> None:
+    candidate = bench.work.adopt(bench.space[1], planted(body))
+    measurer = RemoteMeasurer(local_session, 1, "here")
+    outcome = measurer.measure(bench.work, candidate, bench.default)
+    assert (outcome.status, outcome.message) == ("wrong", "An output for 1 tokens is wrong.")
+
+
+def test_a_session_that_breaks_is_a_crash(bench: Bench) -> None:
+    class Broken:
+        def cpu(self, _index: int) -> None:
+            raise RuntimeError("the connection was reset")
+
+    outcome = RemoteMeasurer(lambda _s: Broken(), 1, "here").measure(
+        bench.work, bench.default, bench.default
+    )
+    assert outcome.status == "crash"
+    assert "connection was reset" in outcome.message
+
+
+def test_a_machine_that_gives_no_session(bench: Bench) -> None:
+    def refuse(_seconds: float) -> Any:
+        raise RuntimeError("busy")
+
+    with pytest.raises(GqsaError, match="board gives no session: busy"):
+        RemoteMeasurer(refuse, 1, "board").measure(bench.work, bench.default, bench.default)
+
+
+@pytest.mark.parametrize("text", ["", "host", ":1", "host:", "host:x", "host:0", "host:70000"])
+def test_an_address_that_is_none(text: str) -> None:
+    with pytest.raises(UsageError, match="--tracker HOST:PORT"):
+        parse_tracker(text)
+    assert parse_tracker("board.local:9190") == ("board.local", 9190)
+
+
+def test_a_tracker_that_does_not_answer() -> None:
+    with pytest.raises(GqsaError, match="does not answer"):
+        tracker_connect("127.0.0.1", 1, "key")
+
+
+def test_two_machines_share_a_sessions_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("Workspace", "make_case"):
+        monkeypatch.setattr(session_module, name, getattr(session_module, name))
+    patch()
+    spent = {}
+    for slots in (1, 2):
+        measurer = FakeMeasurer(before=lambda _n: time.sleep(0.05), slots=slots)
+        made = session(tmp_path / str(slots), measurer, trials=24, search="random")
+        begin = time.monotonic()
+        result = made.run()
+        spent[slots] = time.monotonic() - begin
+        assert result.trials == 24
+        assert result.tasks[0].trials == 24
+    assert spent[2] < 0.75 * spent[1]
+
+
+@pytest.mark.slow
+def test_a_tracker_with_two_servers(bench: Bench, planted: Callable[[str], Path]) -> None:
+    pytest.importorskip("tornado", reason="the extra `tune` (tornado) is not installed")
+    with servers("toys", 2) as (host, port):
+        until = time.monotonic() + 60
+        while True:
+            try:
+                connect, count = tracker_connect(host, port, "toys")
+            except UsageError:
+                count = 0
+            if count == 2 or time.monotonic() > until:
+                break
+            time.sleep(0.2)
+        assert count == 2
+        with pytest.raises(UsageError, match="no machine of the key 'other'"):
+            tracker_connect(host, port, "other")
+        measurer = RemoteMeasurer(connect, count, "toys")
+        assert measurer.measure(bench.work, bench.default, bench.default).status == "ok"
+        crash = bench.work.adopt(bench.space[1], planted("abort();"))
+        assert measurer.measure(bench.work, crash, bench.default).status == "crash"
+        hang = bench.work.adopt(bench.space[1], planted("for (;;) pause();"))
+        bench.work.limits = replace(SMALL, run_seconds=8.0)
+        try:
+            assert measurer.measure(bench.work, hang, bench.default).status == "hang"
+        finally:
+            bench.work.limits = SMALL
+        # A server goes on after its session's end.
+        assert measurer.measure(bench.work, bench.default, bench.default).status == "ok"
