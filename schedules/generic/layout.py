@@ -201,7 +201,8 @@ def check_parts(spec: LinearSpec, parts: Sequence[BSRLayer]) -> None:
     Raises
     ------
     CompileError
-        They do not have the shape, bits, group size or number of groups `spec` says.
+        They do not have the shape, bits, group size or number of groups `spec` says, or a scale is
+        not finite.
     """
     found = (sum(p.shape[0] for p in parts), sum(p.nnz for p in parts))
     names = ", ".join(p.name for p in parts)
@@ -221,6 +222,8 @@ def check_parts(spec: LinearSpec, parts: Sequence[BSRLayer]) -> None:
                 f"Cannot pack {part.name}: it has codes of {part.bits} bits, but the kernel was "
                 f"built for {spec.bits}."
             )
+        if not np.isfinite(part.scales).all():
+            raise CompileError(f"Cannot pack {part.name}: a scale is infinite or NaN.")
         if part.symmetric and not spec.symmetric:
             continue  # its zeros are all `symmetric_zero`, stored like any other
         if part.symmetric != spec.symmetric:

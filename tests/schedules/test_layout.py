@@ -17,6 +17,7 @@ from gqsa_compiler.schedules.generic.config import GenericConfig
 from gqsa_compiler.schedules.generic.layout import (
     BLOCK,
     BsrLayout,
+    check_parts,
     code_order,
     int8_order,
     pack_bsr,
@@ -154,3 +155,13 @@ def test_parts_that_do_not_fit_the_spec_are_refused() -> None:
         pack_bsr(replace(spec, weight_dtype="int3"), CONFIG, [layer])
     with pytest.raises(CompileError, match="without zeros"):
         pack_bsr(replace(spec, symmetric=True), CONFIG, [layer])
+
+
+@pytest.mark.parametrize("scale", [np.inf, -np.inf, np.nan])
+def test_scales_that_are_no_numbers_are_refused(scale: float) -> None:
+    rng = np.random.default_rng(0)
+    layer = random_layer(random_keep((4, 3), rng, 1.0), 16, rng)
+    scales = layer.scales.copy()
+    scales[5] = scale
+    with pytest.raises(CompileError, match="a scale is infinite or NaN"):
+        check_parts(spec_of(layer), [replace(layer, scales=scales)])
