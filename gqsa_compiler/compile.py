@@ -11,17 +11,18 @@ from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field, replace
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from gqsa_compiler import artefact, report
 from gqsa_compiler._callable import make_callable
 from gqsa_compiler._tvm import tvm, tvm_ffi
 from gqsa_compiler.bundle import add_bundle, check_tools
-from gqsa_compiler.checkpoint import BSRLayer
+from gqsa_compiler.compile_options import CompileOptions, activations_of, check_options
 from gqsa_compiler.errors import CompileError, UsageError
 from gqsa_compiler.frontends.hf import ImportedModel, import_model
 from gqsa_compiler.frontends.source import ModelSource, resolve
 from gqsa_compiler.head import BITS, group_size
+from gqsa_compiler.model_weights import ModelWeights, kv_spec
 from gqsa_compiler.modules.files import is_module
 from gqsa_compiler.outdir import check_output, staged_directory
 from gqsa_compiler.passes.memory import workspace_bytes
@@ -32,76 +33,13 @@ from gqsa_compiler.progress import Progress
 from gqsa_compiler.report import CompileReport
 from gqsa_compiler.runtime import manifest as manifests
 from gqsa_compiler.runtime.params import write_params
-from gqsa_compiler.schedules.kv_cache import DTYPES, CacheDtype, KVCacheSpec
-from gqsa_compiler.schedules.table import (
-    check_activations,
-    check_shared_weights,
-    default_activations,
-)
 from gqsa_compiler.targets import TargetSpec, parse_targets
 from gqsa_compiler.tuning.lookup import open_tuned
 
 if TYPE_CHECKING:
-    import numpy.typing as npt
-
     from gqsa_compiler.schedules.spec import ActivationDtype
 
 DENSE_RECIPE = "dense"
-HEADS = ("int8", "stored")
-ACTIVATIONS = ("auto", "float32", "float16", "int16", "int8")
-
-
-@dataclass(frozen=True)
-class CompileOptions:
-    """How to compile.
-
-    Parameters
-    ----------
-    target : str
-        A TARGET name, see docs/targets.md; or several with commas between them, for an artefact
-        with code for each.
-    context_length : int or None
-        Longest sequence in tokens; None is the model's own, at most
-        `gqsa_compiler.frontends.hf.DEFAULT_CONTEXT`.
-    prefill_chunk : int
-        Most tokens of a prompt that one call takes.
-    max_batch : int
-        Most sequences at once.
-    activations : str
-        What compressed layers round their inputs to, on the fly: ``float32`` (nothing), ``int16``
-        (a scale a token; x86-64 with AVX2, and GPUs), ``int8`` (a scale for 8 columns),
-        ``float16`` (GPUs); ``auto`` is ``float16`` on GPUs, ``int16`` where the target has kernels
-        for it and ``float32`` elsewhere.
-    head : str
-        The language-model head of a compressed model: ``int8`` rounds it to 8 bits, ``stored``
-        leaves it as it is.
-    kv_cache : str
-        What keys and values are kept in: ``float16`` (rounded) or ``float32``.
-    bundle : bool
-        Add TVM's runtime libraries and the native program; always so for a linked target.
-    no_fallback : bool
-        Fail when a layer that the checkpoint does not list under `ignore` stays dense.
-    debug_dump : path or None
-        Directory for the module after each phase.
-    database : path or None
-        What `gqsa tune` has measured; kernels' configurations are chosen by it, and by what is
-        shipped for this processor.
-    chip : str or None
-        The processor to take measurements of, see `gqsa_compiler.tuning.lookup.open_tuned`.
-    """
-
-    target: str = "cpu"
-    context_length: int | None = None
-    prefill_chunk: int = 512
-    max_batch: int = 4
-    activations: ActivationDtype | Literal["auto"] = "auto"
-    head: Literal["int8", "stored"] = "int8"
-    kv_cache: CacheDtype = "float16"
-    bundle: bool = False
-    no_fallback: bool = False
-    debug_dump: Path | None = None
-    database: Path | None = None
-    chip: str | None = None
 
 
 def compile_model(
@@ -145,7 +83,7 @@ def compile_model(
     """
     options = options or CompileOptions()
     targets = parse_targets(options.target)
-    _check_options(options, targets)
+    check_options(options, targets)
     for target in targets:
         check_tools(target, bundle=options.bundle)
     source = resolve(model)
@@ -199,47 +137,9 @@ def plan_kernels(
     """
     options = options or CompileOptions()
     targets = parse_targets(options.target)
-    _check_options(options, targets)
+    check_options(options, targets)
     work = _Compilation(resolve(model), targets, options, progress or (lambda *_: None))
     return work.plan()
-
-
-def _check_options(options: CompileOptions, targets: tuple[TargetSpec, ...]) -> None:
-    for name in ("prefill_chunk", "max_batch", "context_length"):
-        value = getattr(options, name)
-        if value is not None and value < 1:
-            raise UsageError(f"{name.replace('_', ' ')} is {value}; it must be at least 1.")
-    if options.max_batch > options.prefill_chunk:
-        raise UsageError(
-            f"max batch is {options.max_batch}, more than the prefill chunk "
-            f"{options.prefill_chunk}; raise --prefill-chunk or lower --max-batch."
-        )
-    if options.activations not in ACTIVATIONS:
-        raise UsageError(
-            f"Unknown activations {options.activations!r}; choose one of {', '.join(ACTIVATIONS)}."
-        )
-    if options.head not in HEADS:
-        raise UsageError(f"Unknown head {options.head!r}; choose one of {', '.join(HEADS)}.")
-    if options.kv_cache not in DTYPES:
-        raise UsageError(
-            f"Unknown KV cache {options.kv_cache!r}; choose one of {', '.join(DTYPES)}."
-        )
-    on_gpu = [target.name for target in targets if target.kind == "cuda"]
-    if on_gpu and options.kv_cache != "float16":
-        raise UsageError(
-            f"On a GPU ({on_gpu[0]}) keys and values are kept in float16, not in "
-            f"{options.kv_cache}; leave --kv-cache out."
-        )
-    if options.activations != "auto":
-        for target in targets:
-            check_activations(options.activations, target)
-    check_shared_weights(_activations(options, targets), targets)
-
-
-def _activations(options: CompileOptions, targets: tuple[TargetSpec, ...]) -> ActivationDtype:
-    """Return what compressed layers round their inputs to, on every target."""
-    wanted = options.activations
-    return default_activations(targets[-1]) if wanted == "auto" else wanted
 
 
 @dataclass(frozen=True)
@@ -265,7 +165,7 @@ class _Compilation:
     @property
     def activations(self) -> ActivationDtype:
         """What compressed layers round their inputs to."""
-        return _activations(self.options, self.targets)
+        return activations_of(self.options, self.targets)
 
     @contextmanager
     def _stage(self, name: str) -> Iterator[None]:
@@ -279,7 +179,7 @@ class _Compilation:
         """Compile into `directory`, which will become `output`."""
         with self._stage("importing the model"):
             imported = import_model(self.source, context_length=self.options.context_length)
-            weights = _Weights(self.source, imported)
+            weights = ModelWeights(self.source, imported)
             records = self._with_head(weights.records(), imported.head)
         variants = [self._variant(imported, records, target) for target in self.targets]
         plan = variants[0].plan
@@ -319,7 +219,7 @@ class _Compilation:
             bytes_per_token=report.bytes_per_token(plan),
             workspace_bytes=max(variant.workspace for variant in variants),
             kv_cache_dtype=self.options.kv_cache,
-            kv_cache_bytes_per_token=_kv_spec(imported, self.options.kv_cache).bytes_per_token,
+            kv_cache_bytes_per_token=kv_spec(imported, self.options.kv_cache).bytes_per_token,
             kernels=uses,
             kernel_counts=dict(Counter(use.kernel for use in uses)),
             fallbacks=fallbacks,
@@ -332,11 +232,11 @@ class _Compilation:
         (directory / "report.json").write_text(text + "\n", encoding="utf-8")
         return result
 
-    def plan(self) -> tuple[PackPlan, _Weights]:
+    def plan(self) -> tuple[PackPlan, ModelWeights]:
         """Run the passes for the first target."""
         with self._stage("importing the model"):
             imported = import_model(self.source, context_length=self.options.context_length)
-            weights = _Weights(self.source, imported)
+            weights = ModelWeights(self.source, imported)
             records = self._with_head(weights.records(), imported.head)
         return self._variant(imported, records, self.targets[0]).plan, weights
 
@@ -383,7 +283,7 @@ class _Compilation:
     ) -> _Variant:
         options = PipelineOptions(
             target,
-            _kv_spec(imported, self.options.kv_cache),
+            kv_spec(imported, self.options.kv_cache),
             {
                 "n": self._prefill_chunk(imported),
                 "m": max(self.options.max_batch, manifests.SCORE_ROWS),
@@ -446,8 +346,8 @@ class _Compilation:
                 activations=self.activations,
             ),
             kv_cache=manifests.KVCacheInfo(
-                _kv_spec(imported, self.options.kv_cache).dtype,
-                _kv_spec(imported, self.options.kv_cache).page_size,
+                kv_spec(imported, self.options.kv_cache).dtype,
+                kv_spec(imported, self.options.kv_cache).page_size,
                 result.kv_cache_bytes_per_token,
             ),
             memory=manifests.Memory(
@@ -460,77 +360,6 @@ class _Compilation:
             kernels=result.kernels,
             bytes_per_token=result.bytes_per_token,
         )
-
-
-class _Weights:
-    """The weights of one compilation, as records and as arrays."""
-
-    def __init__(self, source: ModelSource, imported: ImportedModel) -> None:
-        self.source = source
-        self.imported = imported
-        self._layers: dict[str, BSRLayer] = {}
-        if source.checkpoint is not None:
-            for name in source.checkpoint.layer_names:
-                self._layers[f"{name}.weight"] = source.checkpoint.layer(name)
-
-    def load(self, name: str) -> npt.NDArray[Any]:
-        """Return a dense parameter."""
-        return self.imported.load(name)
-
-    def layer(self, name: str) -> BSRLayer:
-        """Return a compressed layer by its parameter's name."""
-        return self._layers[name]
-
-    def records(self) -> tuple[ParamRecord, ...]:
-        """Describe every parameter of the imported module, in order."""
-        names = self.imported.params
-        unknown = sorted(set(self._layers) - set(names))
-        if unknown:
-            raise CompileError(
-                f"The checkpoint has {len(unknown)} compressed layers that the model does not "
-                f"use: {', '.join(unknown[:5])}."
-            )
-        stored = set(self.source.tensor_names())
-        func = next(f for _, f in self.imported.mod.functions_items() if "num_input" in f.attrs)
-        variables = list(func.params)[int(func.attrs["num_input"]) :]
-        return tuple(
-            self._record(name, tuple(int(size) for size in variable.ty.shape), name in stored)
-            for name, variable in zip(names, variables, strict=True)
-        )
-
-    def _dense_dtype(self, name: str, shape: tuple[int, ...], stored: bool) -> str:
-        if not stored or len(shape) < 2:
-            return "float32"  # norms, biases and rotary tables: small, and read in float32
-        dtype = self.source.dtype(name)
-        # A quantised GGUF decodes to float32; half of that holds all that its few bits said.
-        return "float16" if self.source.kind == "gguf" and dtype == "float32" else dtype
-
-    def _record(self, name: str, shape: tuple[int, ...], stored: bool) -> ParamRecord:
-        layer = self._layers.get(name)
-        if layer is None:
-            return ParamRecord(name, "dense", self._dense_dtype(name, shape, stored), shape)
-        return ParamRecord(
-            name,
-            "bsr",
-            f"int{layer.bits}",
-            layer.shape,
-            group_size=layer.group_size,
-            nnz=layer.nnz,
-            symmetric=layer.symmetric,
-        )
-
-
-def _kv_spec(imported: ImportedModel, dtype: CacheDtype) -> KVCacheSpec:
-    model = imported.model
-    return KVCacheSpec(
-        num_layers=model.num_layers,
-        num_attention_heads=model.num_attention_heads,
-        num_key_value_heads=model.num_key_value_heads,
-        head_dim=model.head_dim,
-        attn_kinds=tuple(model.attn_kinds),
-        sliding_window=model.sliding_window,
-        dtype=dtype,
-    )
 
 
 def _compile(

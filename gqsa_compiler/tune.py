@@ -11,7 +11,8 @@ from gqsa_compiler.bandwidth import (
     last_level_cache_bytes,
     measure_read_bandwidth,
 )
-from gqsa_compiler.compile import CompileOptions, plan_kernels
+from gqsa_compiler.compile import plan_kernels
+from gqsa_compiler.compile_options import CompileOptions
 from gqsa_compiler.errors import UsageError
 from gqsa_compiler.outdir import check_output, staged_directory
 from gqsa_compiler.progress import Progress

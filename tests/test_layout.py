@@ -27,6 +27,7 @@ _FRONTENDS = _PASSES | {"models", "frontends"}
 _VERBS = _FRONTENDS | {
     "compress",
     "compile",
+    "compile_options",
     "modules",
     "convert",
     "evaluate",
@@ -67,10 +68,13 @@ MAY_IMPORT = {
     "remote": {"_tvm", "errors", "runtime"},
     "compress": _FRONTENDS | {"bandwidth", "modules"},
     "modules": _FRONTENDS | {"artefact", "bundle", "compress", "export", "report", "runtime"},
+    "compile_options": _SCHEDULES,
+    "model_weights": _FRONTENDS,
     "compile": _FRONTENDS
-    | {"artefact", "bundle", "compress", "head", "modules", "report", "runtime", "tuning"},
+    | {"artefact", "bundle", "compile_options", "compress", "head", "model_weights", "modules"}
+    | {"report", "runtime", "tuning"},
     "tuning": _PASSES | {"_child", "compress", "native", "runtime", "toolchain"},
-    "tune": _PASSES | {"bandwidth", "compile", "runtime", "tuning"},
+    "tune": _PASSES | {"bandwidth", "compile", "compile_options", "runtime", "tuning"},
     "evaluate": _FRONTENDS | {"runtime"},
     "convert": _FRONTENDS,
     "export": _FRONTENDS,

@@ -130,7 +130,7 @@ def _step(loop: _Loop, value: Any, factor: Any, lanes: int) -> Any:
     """Emit a sum's next value; the sum is a factor too, or LLVM would multiply only once."""
     if loop.products == 1:
         return fma(value, factor, factor)
-    # LLVM makes one instruction of this: pmaddwd, or with the addition of the sum vpdpwssd.
+    # LLVM makes one instruction of this: pmaddwd.
     pairs = B.reinterpret(vector("int16", 2 * lanes), value)
     products = B.bind(cast("int32", pairs, 2 * lanes) * cast("int32", factor, 2 * lanes))
     even, odd = (pick([products], range(first, 2 * lanes, 2)) for first in (0, 1))

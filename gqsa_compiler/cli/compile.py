@@ -169,7 +169,8 @@ def compile_(
             "The model is compressed in one shot here. gqsa compress trains it too, which takes "
             "longer and gives a much better model."
         )
-    from gqsa_compiler.compile import CompileOptions, compile_model
+    from gqsa_compiler.compile import compile_model
+    from gqsa_compiler.compile_options import CompileOptions
 
     settings = CompileOptions(
         target=target,

@@ -44,7 +44,7 @@ def export(
     json: options.Json = False,
     verbose: options.Verbose = False,
 ) -> None:
-    """Write CHECKPOINT for other programs: dense safetensors, GPTQ, compressed-tensors, GGUF or ONNX."""
+    """Write CHECKPOINT for others: dense safetensors, GPTQ, compressed-tensors, GGUF or ONNX."""
     check_output(output, protect=(checkpoint,))
     settings = {"checkpoint": checkpoint, "to": to, "output": output, "dtype": dtype}
     show_settings("export", settings)

@@ -46,7 +46,7 @@ def row_sums(
 def multiply_pairs(a: Expr, b: Expr, lanes: int) -> Expr:
     """Multiply int16 vectors and add neighbouring products: int32, half as many lanes.
 
-    LLVM makes one instruction of this (pmaddwd, or with the addition of a sum vpdpwssd).
+    LLVM makes one instruction of this: pmaddwd.
     """
     products = B.bind(cast("int32", a, lanes) * cast("int32", b, lanes))
     return pick([products], range(0, lanes, 2)) + pick([products], range(1, lanes, 2))

@@ -12,7 +12,8 @@ import pytest
 
 from gqsa_compiler import compile as gqsa_compile
 from gqsa_compiler import runtime
-from gqsa_compiler.compile import CompileOptions, plan_kernels
+from gqsa_compiler.compile import plan_kernels
+from gqsa_compiler.compile_options import CompileOptions
 from gqsa_compiler.errors import ArtefactError, CompileError, UsageError
 from gqsa_compiler.runtime.gpus import open_driver
 from gqsa_compiler.runtime.manifest import Manifest

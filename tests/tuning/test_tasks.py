@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from gqsa_compiler import compile as gqsa_compile
-from gqsa_compiler.compile import CompileOptions, plan_kernels
+from gqsa_compiler.compile import plan_kernels
+from gqsa_compiler.compile_options import CompileOptions
 from gqsa_compiler.errors import UsageError
 from gqsa_compiler.runtime.manifest import Manifest
 from gqsa_compiler.targets import parse_target
