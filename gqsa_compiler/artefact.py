@@ -31,6 +31,7 @@ from gqsa_compiler.passes.plan import (
     np_dtype,
 )
 from gqsa_compiler.passes.records import ParamRecord
+from gqsa_compiler.runtime import manifest as manifests
 from gqsa_compiler.schedules.cuda import library as cuda
 from gqsa_compiler.targets import TargetSpec
 from gqsa_compiler.toolchain import library_linker
@@ -101,6 +102,18 @@ def _dense(weights: WeightLoader, name: str, dtype: str) -> Array:
     if not np.all(np.isfinite(array.astype(np.float32, copy=False))):
         raise CompileError(f"Parameter {name} holds values that are not finite numbers in {dtype}.")
     return array
+
+
+def manifest_target(target: TargetSpec) -> manifests.Target:
+    """Return what a manifest says of a target."""
+    return manifests.Target(
+        target.name,
+        target.kind,
+        target.arch,
+        target.required_flags,
+        target.device_type,
+        target.triple,
+    )
 
 
 def library_name(target: TargetSpec, variants: int) -> str:

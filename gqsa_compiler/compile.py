@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass, field, replace
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, replace
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -29,7 +28,7 @@ from gqsa_compiler.passes.memory import workspace_bytes
 from gqsa_compiler.passes.pipeline import PipelineOptions, run
 from gqsa_compiler.passes.plan import PackPlan
 from gqsa_compiler.passes.records import ParamRecord
-from gqsa_compiler.progress import Progress
+from gqsa_compiler.progress import Progress, Stages
 from gqsa_compiler.report import CompileReport
 from gqsa_compiler.runtime import manifest as manifests
 from gqsa_compiler.runtime.params import write_params
@@ -108,7 +107,7 @@ def compile_model(
     report_progress = progress or (lambda _stage, _done, _total: None)
     with staged_directory(output, overwrite=overwrite) as staging:
         if recipe is None or recipe == DENSE_RECIPE:
-            return _Compilation(source, targets, options, report_progress).write(
+            return _Compilation(source, targets, options, Stages(report_progress)).write(
                 staging, Path(output)
             )
         from gqsa_compiler.compress import compress_model
@@ -119,7 +118,7 @@ def compile_model(
             # One shot: training takes its hours, and what it makes is worth a checkpoint to keep.
             compress_model(source, checkpoint, recipe, stages="none", progress=report_progress)
             source = resolve(str(checkpoint))
-            result = _Compilation(source, targets, options, report_progress).write(
+            result = _Compilation(source, targets, options, Stages(report_progress)).write(
                 staging, Path(output)
             )
         return result
@@ -138,7 +137,7 @@ def plan_kernels(
     options = options or CompileOptions()
     targets = parse_targets(options.target)
     check_options(options, targets)
-    work = _Compilation(resolve(model), targets, options, progress or (lambda *_: None))
+    work = _Compilation(resolve(model), targets, options, Stages(progress or (lambda *_: None)))
     return work.plan()
 
 
@@ -159,25 +158,16 @@ class _Compilation:
     source: ModelSource
     targets: tuple[TargetSpec, ...]
     options: CompileOptions
-    progress: Progress
-    seconds: dict[str, float] = field(default_factory=dict)
+    stages: Stages
 
     @property
     def activations(self) -> ActivationDtype:
         """What compressed layers round their inputs to."""
         return activations_of(self.options, self.targets)
 
-    @contextmanager
-    def _stage(self, name: str) -> Iterator[None]:
-        self.progress(name, 0, 1)
-        begin = time.perf_counter()
-        yield
-        self.seconds[name] = time.perf_counter() - begin
-        self.progress(name, 1, 1)
-
     def write(self, directory: Path, output: Path) -> CompileReport:
         """Compile into `directory`, which will become `output`."""
-        with self._stage("importing the model"):
+        with self.stages.stage("importing the model"):
             imported = import_model(self.source, context_length=self.options.context_length)
             weights = ModelWeights(self.source, imported)
             records = self._with_head(weights.records(), imported.head)
@@ -188,21 +178,15 @@ class _Compilation:
                 f"{' and '.join(target.name for target in self.targets)} cannot share one set of "
                 "packed weights; compile an artefact for each."
             )
-        unwanted = report.unwanted_fallbacks(
-            plan, self.source.checkpoint is not None, self._ignored()
-        )
-        if self.options.no_fallback and unwanted:
-            raise CompileError(
-                f"{len(unwanted)} layers stayed dense, and --no-fallback forbids it: "
-                f"{', '.join(unwanted[:5])}{' ...' if len(unwanted) > 5 else ''}."
-            )
+        if self.options.no_fallback:
+            report.refuse_fallbacks(plan, self.source.checkpoint is not None, self._ignored())
         libraries = [self._library(variant, directory) for variant in variants]
         begin = time.perf_counter()
         parameters = write_params(
             directory / artefact.PARAMETERS,
-            artefact.packed_tensors(plan, weights, self.progress),
+            artefact.packed_tensors(plan, weights, self.stages.progress),
         )
-        self.seconds["packing weights"] = time.perf_counter() - begin
+        self.stages.seconds["packing weights"] = time.perf_counter() - begin
         self.source.save_tokenizer(directory)
         if self.options.bundle or self.targets[0].linked:
             add_bundle(directory, self.targets[0])
@@ -223,18 +207,17 @@ class _Compilation:
             kernels=uses,
             kernel_counts=dict(Counter(use.kernel for use in uses)),
             fallbacks=fallbacks,
-            seconds={name: round(value, 3) for name, value in self.seconds.items()},
+            seconds=self.stages.rounded(),
             configurations=(configurations := report.configuration_uses(plan)),
             configuration_sources=dict(Counter(use.source for use in configurations)),
         )
         self._manifest(imported, result, libraries, parameters).write(directory)
-        text = json.dumps(result.to_dict(), indent=1, ensure_ascii=False)
-        (directory / "report.json").write_text(text + "\n", encoding="utf-8")
+        result.write(directory)
         return result
 
     def plan(self) -> tuple[PackPlan, ModelWeights]:
         """Run the passes for the first target."""
-        with self._stage("importing the model"):
+        with self.stages.stage("importing the model"):
             imported = import_model(self.source, context_length=self.options.context_length)
             weights = ModelWeights(self.source, imported)
             records = self._with_head(weights.records(), imported.head)
@@ -264,7 +247,7 @@ class _Compilation:
 
     def _stage_of(self, name: str, target: TargetSpec) -> AbstractContextManager[None]:
         """Begin a stage that every variant has; its target is named where there are several."""
-        return self._stage(name if len(self.targets) == 1 else f"{name} for {target.name}")
+        return self.stages.stage(name if len(self.targets) == 1 else f"{name} for {target.name}")
 
     def _variant(
         self, imported: ImportedModel, records: tuple[ParamRecord, ...], target: TargetSpec
@@ -321,10 +304,7 @@ class _Compilation:
         parameters: tuple[manifests.Parameter, ...],
     ) -> manifests.Manifest:
         model = imported.model
-        targets = [
-            manifests.Target(t.name, t.kind, t.arch, t.required_flags, t.device_type, t.triple)
-            for t in self.targets
-        ]
+        targets = [artefact.manifest_target(target) for target in self.targets]
         return manifests.Manifest(
             producer=f"gqsa-compiler {metadata.version('gqsa-compiler')}",
             versions=manifests.Versions(str(tvm.__version__), str(tvm_ffi.__version__)),

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
+from gqsa_compiler.errors import CompileError
 from gqsa_compiler.passes.plan import (
     BiasTensor,
     Kernel,
@@ -90,6 +93,11 @@ class CompileReport:
         """Return plain dictionaries and lists, as `report.json` has them."""
         return asdict(self)
 
+    def write(self, directory: Path) -> None:
+        """Write `report.json` into an artefact directory."""
+        text = json.dumps(self.to_dict(), indent=1, ensure_ascii=False)
+        (directory / "report.json").write_text(text + "\n", encoding="utf-8")
+
 
 def kernel_bytes(plan: PackPlan, kernel: Kernel) -> int:
     """Bytes of weights that one pass of a kernel reads."""
@@ -170,6 +178,22 @@ def unwanted_fallbacks(plan: PackPlan, compressed: bool, ignored: Sequence[str])
         for kernel in plan.kernels
         if compressed and kernel.spec.weight == "dense" and not _on_purpose(kernel, ignored)
     ]
+
+
+def refuse_fallbacks(plan: PackPlan, compressed: bool, ignored: Sequence[str]) -> None:
+    """Check that no layer stays dense though nobody asked for it (``--no-fallback``).
+
+    Raises
+    ------
+    CompileError
+        Some do; the first five are named.
+    """
+    unwanted = unwanted_fallbacks(plan, compressed, ignored)
+    if unwanted:
+        raise CompileError(
+            f"{len(unwanted)} layers stayed dense, and --no-fallback forbids it: "
+            f"{', '.join(unwanted[:5])}{' ...' if len(unwanted) > 5 else ''}."
+        )
 
 
 def _on_purpose(kernel: Kernel, ignored: Sequence[str]) -> bool:

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import json
-import time
 from collections import Counter
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
@@ -16,7 +13,7 @@ from gqsa_compiler import artefact, report
 from gqsa_compiler._tvm import tvm, tvm_ffi
 from gqsa_compiler.bundle import add_bundle, check_tools
 from gqsa_compiler.checkpoint import BSRLayer
-from gqsa_compiler.errors import CompileError, ModelError, UsageError
+from gqsa_compiler.errors import ModelError, UsageError
 from gqsa_compiler.frontends.onnx.graph import ImportedGraph, import_onnx
 from gqsa_compiler.modules.files import GRAPH_FILE, is_module, read_config
 from gqsa_compiler.outdir import check_output, staged_directory
@@ -24,7 +21,7 @@ from gqsa_compiler.passes.memory import workspace_bytes
 from gqsa_compiler.passes.pipeline import PipelineOptions, run
 from gqsa_compiler.passes.plan import PackPlan
 from gqsa_compiler.passes.records import ParamRecord
-from gqsa_compiler.progress import Progress
+from gqsa_compiler.progress import Progress, Stages
 from gqsa_compiler.report import CompileReport
 from gqsa_compiler.runtime import manifest as manifests
 from gqsa_compiler.runtime.module_manifest import (
@@ -134,7 +131,7 @@ def compile_module(
     check_output(output, overwrite, protect=(source,))
     say = progress or (lambda _stage, _done, _total: None)
     with staged_directory(output, overwrite=overwrite) as staging:
-        work = _Compilation(source, target, options, activations, say)
+        work = _Compilation(source, target, options, activations, Stages(say))
         return work.write(staging, Path(output))
 
 
@@ -144,38 +141,25 @@ class _Compilation:
     target: TargetSpec
     options: ModuleOptions
     activations: ActivationDtype
-    progress: Progress
-    seconds: dict[str, float] = field(default_factory=dict)
-
-    @contextmanager
-    def _stage(self, name: str) -> Iterator[None]:
-        self.progress(name, 0, 1)
-        begin = time.perf_counter()
-        yield
-        self.seconds[name] = time.perf_counter() - begin
-        self.progress(name, 1, 1)
+    stages: Stages
 
     def write(self, directory: Path, output: Path) -> CompileReport:
         """Compile into `directory`, which will become `output`."""
-        with self._stage("importing the model"):
+        with self.stages.stage("importing the model"):
             graph, ignored = self._import()
         weights = _Weights(graph)
-        with self._stage("running passes"):
+        with self.stages.stage("running passes"):
             mod, plan, workspace = self._passes(graph, weights.records())
         compressed = any(item.layer is not None for item in graph.parameters)
-        unwanted = report.unwanted_fallbacks(plan, True, ignored)
-        if self.options.no_fallback and unwanted:
-            raise CompileError(
-                f"{len(unwanted)} layers stayed dense, and --no-fallback forbids it: "
-                f"{', '.join(unwanted[:5])}{' ...' if len(unwanted) > 5 else ''}."
-            )
+        if self.options.no_fallback:
+            report.refuse_fallbacks(plan, True, ignored)
         name = artefact.library_name(self.target, 1)
-        with self._stage("generating code"):
+        with self.stages.stage("generating code"):
             digest = artefact.export_library(mod, self.target, directory / name)
-        with self._stage("packing weights"):
+        with self.stages.stage("packing weights"):
             parameters = write_params(
                 directory / artefact.PARAMETERS,
-                artefact.packed_tensors(plan, weights, self.progress),
+                artefact.packed_tensors(plan, weights, self.stages.progress),
             )
         if self.options.bundle:
             add_bundle(directory, self.target)
@@ -194,22 +178,14 @@ class _Compilation:
             kernels=uses,
             kernel_counts=dict(Counter(use.kernel for use in uses)),
             fallbacks=fallbacks,
-            seconds={stage: round(value, 3) for stage, value in self.seconds.items()},
+            seconds=self.stages.rounded(),
         )
         variant = manifests.Variant(
-            manifests.Target(
-                self.target.name,
-                self.target.kind,
-                self.target.arch,
-                self.target.required_flags,
-                self.target.device_type,
-                self.target.triple,
-            ),
+            artefact.manifest_target(self.target),
             manifests.Library(name, digest),
         )
         self._manifest(graph, result, variant, parameters).write(directory)
-        text = json.dumps(result.to_dict(), indent=1, ensure_ascii=False)
-        (directory / "report.json").write_text(text + "\n", encoding="utf-8")
+        result.write(directory)
         return result
 
     def _import(self) -> tuple[ImportedGraph, tuple[str, ...]]:
