@@ -8,12 +8,16 @@ from __future__ import annotations
 
 import json
 import types
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, asdict, dataclass, fields, is_dataclass
 from pathlib import Path
-from typing import Any, Union, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Any, Union, get_args, get_origin, get_type_hints
 
 from gqsa_compiler.runtime.errors import ArtefactError
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 FORMAT = "gqsa-artefact"
 FORMAT_VERSION = 2
@@ -143,8 +147,38 @@ class Kernel:
     fallback: bool
 
 
+class Document(ABC):
+    """A manifest as a file: that of a language model or of a module."""
+
+    @classmethod
+    @abstractmethod
+    def from_dict(cls, data: Any, where: str = MANIFEST_FILE) -> Self:
+        """Check a decoded JSON document and build the manifest from it."""
+
+    @abstractmethod
+    def to_dict(self) -> dict[str, Any]:
+        """Return the JSON document."""
+
+    @classmethod
+    def read(cls, directory: str | Path) -> Self:
+        """Read `manifest.json` of an artefact directory.
+
+        Raises
+        ------
+        ArtefactError
+            There is no such directory or manifest, or `from_dict` refuses it.
+
+        """
+        return cls.from_dict(read_document(directory), str(Path(directory) / MANIFEST_FILE))
+
+    def write(self, directory: str | Path) -> None:
+        """Write `manifest.json` into an existing directory."""
+        text = json.dumps(self.to_dict(), indent=1, ensure_ascii=False)
+        (Path(directory) / MANIFEST_FILE).write_text(text + "\n", encoding="utf-8")
+
+
 @dataclass(frozen=True)
-class Manifest:
+class Manifest(Document):
     """The whole of `manifest.json`, format version 2.
 
     `variants` are in order of preference, the most capable machine's first.
@@ -195,23 +229,6 @@ class Manifest:
     def to_dict(self) -> dict[str, Any]:
         """Return the JSON document: plain dictionaries, lists, strings and numbers."""
         return {"format": FORMAT, "format_version": FORMAT_VERSION, **plain(asdict(self))}
-
-    @classmethod
-    def read(cls, directory: str | Path) -> Manifest:
-        """Read `manifest.json` of an artefact directory.
-
-        Raises
-        ------
-        ArtefactError
-            There is no such directory or manifest, or `from_dict` refuses it.
-
-        """
-        return cls.from_dict(read_document(directory), str(Path(directory) / MANIFEST_FILE))
-
-    def write(self, directory: str | Path) -> None:
-        """Write `manifest.json` into an existing directory."""
-        text = json.dumps(self.to_dict(), indent=1, ensure_ascii=False)
-        (Path(directory) / MANIFEST_FILE).write_text(text + "\n", encoding="utf-8")
 
     def _check(self, where: str) -> None:
         check_files(self.variants, self.parameters_file, self.parameters, where)

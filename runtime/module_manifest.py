@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 from gqsa_compiler.runtime.errors import ArtefactError
 from gqsa_compiler.runtime.manifest import (
     MANIFEST_FILE,
     MODULE_FORMAT,
+    Document,
     Kernel,
     Parameter,
     Variant,
@@ -19,7 +18,6 @@ from gqsa_compiler.runtime.manifest import (
     check_files,
     decode,
     plain,
-    read_document,
 )
 
 MODULE_FORMAT_VERSION = 1
@@ -58,7 +56,7 @@ class ModuleMemory:
 
 
 @dataclass(frozen=True)
-class ModuleManifest:
+class ModuleManifest(Document):
     """The whole of a module's `manifest.json`, format version 1."""
 
     producer: str
@@ -104,23 +102,6 @@ class ModuleManifest:
         """Return the JSON document: plain dictionaries, lists, strings and numbers."""
         head = {"format": MODULE_FORMAT, "format_version": MODULE_FORMAT_VERSION}
         return {**head, **plain(asdict(self))}
-
-    @classmethod
-    def read(cls, directory: str | Path) -> ModuleManifest:
-        """Read `manifest.json` of an artefact directory.
-
-        Raises
-        ------
-        ArtefactError
-            There is no such directory or manifest, or `from_dict` refuses it.
-
-        """
-        return cls.from_dict(read_document(directory), str(Path(directory) / MANIFEST_FILE))
-
-    def write(self, directory: str | Path) -> None:
-        """Write `manifest.json` into an existing directory."""
-        text = json.dumps(self.to_dict(), indent=1, ensure_ascii=False)
-        (Path(directory) / MANIFEST_FILE).write_text(text + "\n", encoding="utf-8")
 
     def _check(self, where: str) -> None:
         check_files(self.variants, self.parameters_file, self.parameters, where)
