@@ -25,6 +25,7 @@ from tvm.ir import GenericConst, StringImm
 from tvm.relax.analysis import post_order_visit
 from tvm.relax.expr_functor import PyExprMutator, mutator
 from tvm.relax.frontend import nn
+from tvm.relax.utils import copy_with_new_vars
 from tvm.s_tir import Schedule
 from tvm.script import relax as R
 from tvm.script import tirx as T
@@ -51,6 +52,7 @@ __all__ = [
     "StringImm",
     "T",
     "Target",
+    "copy_with_new_vars",
     "finalize_host_passes",
     "mutator",
     "nn",

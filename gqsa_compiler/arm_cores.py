@@ -16,8 +16,7 @@ class ArmCore:
         LLVM's names of the features that the kernels use.
     l1_kib, l2_kib : int
         The first-level data cache, and the second level's share of one core, in KiB; where the
-        licensee chooses, the smallest choice that is common (the cores' technical reference
-        manuals, "Cache"; Apple's: ``sysctl hw.perflevel0`` of a Mac).
+        licensee chooses, the smallest choice that is common (docs/arm.md has the sources).
     model : str
         Which of LLVM's scheduling models stands for it; LLVM's name of the core.
     found_in : str
@@ -36,7 +35,7 @@ _DOT = _PLAIN | {"dotprod"}
 _MATRIX = _DOT | {"i8mm", "bf16"}
 
 ARM_CORES: Mapping[str, ArmCore] = {
-    "cortex-a72": ArmCore(_PLAIN, 32, 512, "cortex-a72", "Raspberry Pi 4"),
+    "cortex-a72": ArmCore(_PLAIN, 32, 256, "cortex-a72", "Raspberry Pi 4"),
     "cortex-a76": ArmCore(_DOT, 64, 128, "cortex-a76", "phones of 2019, Raspberry Pi 5"),
     "cortex-a78": ArmCore(_DOT, 32, 256, "cortex-a78", "phones of 2021, Jetson Orin"),
     "cortex-x1": ArmCore(_DOT, 64, 512, "cortex-x1", "phones of 2021"),

@@ -120,7 +120,8 @@ def library_name(target: TargetSpec, variants: int) -> str:
     """Name the library of one of so many variants of an artefact."""
     if target.linked:
         return PROGRAM
-    return "model.so" if variants == 1 else f"model.{target.name}.so"
+    name = target.name.replace("/", "-")  # a GPU's name has one
+    return "model.so" if variants == 1 else f"model.{name}.so"
 
 
 def export_library(mod: tvm.IRModule, target: TargetSpec, path: Path) -> str:

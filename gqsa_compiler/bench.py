@@ -86,6 +86,8 @@ def bench_artefact(
     threads: int | None = None,
     verify: bool = True,
     profile: bool = False,
+    adapter: str | None = None,
+    variant: str | None = None,
     progress: Progress | None = None,
 ) -> BenchResult:
     """Time an artefact.
@@ -106,14 +108,18 @@ def bench_artefact(
     verify : bool
         Check the parameters' hashes first; that of the library always is.
     profile : bool
-        Then repeat the runs with a clock around every kernel.
+        Then repeat the runs with a clock around every kernel; not with an adapter.
+    adapter : str, optional
+        One of the artefact's; the model alone unless given.
+    variant : str, optional
+        Target name of the code to run; the best that this machine can run unless given.
     progress : callable, optional
         Called with (stage, done, total).
 
     Raises
     ------
     UsageError
-        The artefact's context is too short.
+        The artefact's context is too short, or it has no such adapter.
     ArtefactError
         It cannot be loaded.
     """
@@ -131,8 +137,16 @@ def bench_artefact(
         )
     say("Loading the artefact", 0, 0)
     runs: list[BenchRun] = []
+    if profile and adapter is not None:
+        raise UsageError("--profile knows the model's own kernels only; leave --adapter out.")
     with load(
-        directory, threads=threads, verify=verify, context_length=length, max_batch=1
+        directory,
+        threads=threads,
+        verify=verify,
+        context_length=length,
+        max_batch=1,
+        variant=variant,
+        adapter=adapter,
     ) as model:
         used, variant, device = model.threads, model.variant, model.device
         if profile and not device.is_cpu:
@@ -167,15 +181,16 @@ def bench_artefact(
                 repeats=repeats,
                 progress=say,
             )
+    read = manifest.bytes_per_token + manifest.adapter_bytes(adapter)
     say("Measuring the memory's read bandwidth", 0, 0)
     bandwidth = measure_read_bandwidth(used) if device.is_cpu else device.copy_bandwidth()
     return BenchResult(
         prefill_tokens_per_second=statistics.median(r.prefill_tokens_per_second for r in timed),
         decode_tokens_per_second=decode,
         first_token_seconds=first,
-        bytes_per_token=manifest.bytes_per_token,
+        bytes_per_token=read,
         read_bandwidth=bandwidth,
-        read_bandwidth_share=manifest.bytes_per_token * decode / bandwidth,
+        read_bandwidth_share=read * decode / bandwidth,
         peak_memory_bytes=peak,
         prompt=prompt,
         gen=gen,

@@ -21,6 +21,7 @@ from gqsa_compiler.errors import CompileError, UsageError
 from gqsa_compiler.frontends.hf import ImportedModel, import_model
 from gqsa_compiler.frontends.source import ModelSource, resolve
 from gqsa_compiler.head import BITS, group_size
+from gqsa_compiler.lora.adapters import Adapters, open_adapters
 from gqsa_compiler.model_weights import ModelWeights, kv_spec
 from gqsa_compiler.modules.files import is_module
 from gqsa_compiler.outdir import check_output, staged_directory
@@ -159,6 +160,7 @@ class _Compilation:
     targets: tuple[TargetSpec, ...]
     options: CompileOptions
     stages: Stages
+    adapters: Adapters | None = None
 
     @property
     def activations(self) -> ActivationDtype:
@@ -171,9 +173,11 @@ class _Compilation:
             imported = import_model(self.source, context_length=self.options.context_length)
             weights = ModelWeights(self.source, imported)
             records = self._with_head(weights.records(), imported.head)
+            self.adapters = open_adapters(self.options, records)
         variants = [self._variant(imported, records, target) for target in self.targets]
         plan = variants[0].plan
-        if any(variant.plan.layout != plan.layout for variant in variants):
+        whole, plan = plan, plan.without_adapters()
+        if any(variant.plan.layout != whole.layout for variant in variants):
             raise CompileError(
                 f"{' and '.join(target.name for target in self.targets)} cannot share one set of "
                 "packed weights; compile an artefact for each."
@@ -184,7 +188,9 @@ class _Compilation:
         begin = time.perf_counter()
         parameters = write_params(
             directory / artefact.PARAMETERS,
-            artefact.packed_tensors(plan, weights, self.stages.progress),
+            artefact.packed_tensors(plan, weights, self.stages.progress)
+            if self.adapters is None
+            else self.adapters.packed(whole, weights, self.stages.progress),
         )
         self.stages.seconds["packing weights"] = time.perf_counter() - begin
         self.source.save_tokenizer(directory)
@@ -195,12 +201,16 @@ class _Compilation:
             plan, self.source.checkpoint is not None, self._ignored()
         )
         kinds = report.bytes_by_kind(plan)
+        always = 0
+        if self.adapters is not None:
+            kinds["adapters"] = report.adapter_bytes(parameters, plan)
+            always = kinds["adapters"] if self.adapters.merged else 0
         result = CompileReport(
             output=str(output),
             target=",".join(target.name for target in self.targets),
             bytes_by_kind=kinds,
             bits_per_weight=report.bits_per_weight(plan),
-            bytes_per_token=report.bytes_per_token(plan),
+            bytes_per_token=report.bytes_per_token(plan) + always,
             workspace_bytes=max(variant.workspace for variant in variants),
             kv_cache_dtype=self.options.kv_cache,
             kv_cache_bytes_per_token=kv_spec(imported, self.options.kv_cache).bytes_per_token,
@@ -211,7 +221,10 @@ class _Compilation:
             configurations=(configurations := report.configuration_uses(plan)),
             configuration_sources=dict(Counter(use.source for use in configurations)),
         )
-        self._manifest(imported, result, libraries, parameters).write(directory)
+        manifest = self._manifest(imported, result, libraries, parameters)
+        if self.adapters is not None:
+            manifest = replace(manifest, adapters=self.adapters.describe(whole))
+        manifest.write(directory)
         result.write(directory)
         return result
 
@@ -278,6 +291,8 @@ class _Compilation:
                 self.options.chip,
                 portable=len(self.targets) > 1,
             ),
+            low_rank=None if self.adapters is None else self.adapters.low_rank,
+            captured_batch=self.options.max_batch,
         )
         workspace = phases = 0
         dump = self.options.debug_dump

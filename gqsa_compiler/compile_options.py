@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from gqsa_compiler.errors import UsageError
 from gqsa_compiler.schedules.kv_cache import DTYPES, CacheDtype
+from gqsa_compiler.schedules.low_rank.spec import LowRankDtype
 from gqsa_compiler.schedules.table import (
     check_activations,
     check_shared_weights,
@@ -19,6 +21,7 @@ if TYPE_CHECKING:
     from gqsa_compiler.schedules.spec import ActivationDtype
 
 HEADS = ("int8", "stored")
+ADAPTER_DTYPES = ("float16", "float32")
 ACTIVATIONS = ("auto", "float32", "float16", "int16", "int8")
 
 
@@ -40,9 +43,9 @@ class CompileOptions:
         Most sequences at once.
     activations : str
         What compressed layers round their inputs to, on the fly: ``float32`` (nothing), ``int16``
-        (a scale a token; x86-64 with AVX2, and GPUs), ``int8`` (a scale for 8 columns),
-        ``float16`` (GPUs); ``auto`` is ``float16`` on GPUs, ``int16`` where the target has kernels
-        for it and ``float32`` elsewhere.
+        (a scale a token; x86-64 with AVX2, 64-bit Arm and GPUs), ``int8`` (a scale for 8 columns;
+        on Arm with dot products one a token), ``float16`` (GPUs); ``auto`` is ``float16`` on GPUs,
+        ``int16`` where the target has kernels for it and ``float32`` elsewhere.
     head : str
         The language-model head of a compressed model: ``int8`` rounds it to 8 bits, ``stored``
         leaves it as it is.
@@ -59,6 +62,12 @@ class CompileOptions:
         shipped for this processor.
     chip : str or None
         The processor to take measurements of, see `gqsa_compiler.tuning.lookup.open_tuned`.
+    adapters : mapping of str to path, or None
+        LoRA adapters (PEFT directories) by name; one of them, or none, is chosen at run time.
+    merge_adapter : path or None
+        A LoRA adapter that is always on.
+    adapter_dtype : str
+        What adapters are stored in: ``float16`` or ``float32``.
     """
 
     target: str = "cpu"
@@ -73,6 +82,9 @@ class CompileOptions:
     debug_dump: Path | None = None
     database: Path | None = None
     chip: str | None = None
+    adapters: Mapping[str, str | Path] | None = None
+    merge_adapter: str | Path | None = None
+    adapter_dtype: LowRankDtype = "float16"
 
 
 def check_options(options: CompileOptions, targets: tuple[TargetSpec, ...]) -> None:
@@ -101,6 +113,21 @@ def check_options(options: CompileOptions, targets: tuple[TargetSpec, ...]) -> N
     if options.kv_cache not in DTYPES:
         raise UsageError(
             f"Unknown KV cache {options.kv_cache!r}; choose one of {', '.join(DTYPES)}."
+        )
+    if options.adapter_dtype not in ADAPTER_DTYPES:
+        raise UsageError(
+            f"Unknown adapter dtype {options.adapter_dtype!r}; choose one of "
+            f"{', '.join(ADAPTER_DTYPES)}."
+        )
+    if options.adapter_dtype != "float16" and not (options.adapters or options.merge_adapter):
+        raise UsageError(
+            f"The adapter dtype {options.adapter_dtype} needs an adapter (--adapter or "
+            "--merge-adapter)."
+        )
+    if options.adapters and options.merge_adapter is not None:
+        raise UsageError(
+            "An adapter cannot be merged into a model that has others to choose from; give all of "
+            "them with --adapter, or one with --merge-adapter."
         )
     on_gpu = [target.name for target in targets if target.kind == "cuda"]
     if on_gpu and options.kv_cache != "float16":

@@ -45,7 +45,8 @@ def inspect_path(path: str | Path) -> dict[str, Any]:
     if path.is_dir():
         if is_checkpoint(path):
             found = inspect_checkpoint(path)
-            _check_complete(path)
+            if not (path / "model.onnx").is_file():  # a module's graph is its own description
+                _check_complete(path)
             return found
         config = path / CONFIG_FILE
         if config.exists():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from gqsa_compiler.checkpoint import BSRLayer
+from gqsa_compiler.checkpoint import BSRLayer, CheckpointReader
 from gqsa_compiler.errors import CompileError
 from gqsa_compiler.frontends.hf import ImportedModel
 from gqsa_compiler.frontends.source import ModelSource
@@ -16,15 +16,24 @@ if TYPE_CHECKING:
 
 
 class ModelWeights:
-    """The weights of one compilation, as records and as arrays."""
+    """The weights of one compilation, as records and as arrays.
+
+    Layers of another quantiser are converted when they are described and again when they are
+    packed: kept in between, all of them would be in memory at once. Those of a GQSA checkpoint are
+    mapped from its files, so they are kept and checked only once.
+    """
 
     def __init__(self, source: ModelSource, imported: ImportedModel) -> None:
         self.source = source
         self.imported = imported
-        self._layers: dict[str, BSRLayer] = {}
+        self._compressed: dict[str, ParamRecord] = {}
+        self._mapped: dict[str, BSRLayer] = {}
         if source.checkpoint is not None:
             for name in source.checkpoint.layer_names:
-                self._layers[f"{name}.weight"] = source.checkpoint.layer(name)
+                layer = source.checkpoint.layer(name)
+                self._compressed[f"{name}.weight"] = _describe(f"{name}.weight", layer)
+                if isinstance(source.checkpoint, CheckpointReader):
+                    self._mapped[f"{name}.weight"] = layer
 
     def load(self, name: str) -> npt.NDArray[Any]:
         """Return a dense parameter."""
@@ -32,12 +41,15 @@ class ModelWeights:
 
     def layer(self, name: str) -> BSRLayer:
         """Return a compressed layer by its parameter's name."""
-        return self._layers[name]
+        checkpoint = self.source.checkpoint
+        if checkpoint is None or name in self._mapped:
+            return self._mapped[name]
+        return checkpoint.layer(name.removesuffix(".weight"))
 
     def records(self) -> tuple[ParamRecord, ...]:
         """Describe every parameter of the imported module, in order."""
         names = self.imported.params
-        unknown = sorted(set(self._layers) - set(names))
+        unknown = sorted(set(self._compressed) - set(names))
         if unknown:
             raise CompileError(
                 f"The checkpoint has {len(unknown)} compressed layers that the model does not "
@@ -59,18 +71,22 @@ class ModelWeights:
         return "float16" if self.source.kind == "gguf" and dtype == "float32" else dtype
 
     def _record(self, name: str, shape: tuple[int, ...], stored: bool) -> ParamRecord:
-        layer = self._layers.get(name)
-        if layer is None:
-            return ParamRecord(name, "dense", self._dense_dtype(name, shape, stored), shape)
-        return ParamRecord(
-            name,
-            "bsr",
-            f"int{layer.bits}",
-            layer.shape,
-            group_size=layer.group_size,
-            nnz=layer.nnz,
-            symmetric=layer.symmetric,
-        )
+        compressed = self._compressed.get(name)
+        if compressed is not None:
+            return compressed
+        return ParamRecord(name, "dense", self._dense_dtype(name, shape, stored), shape)
+
+
+def _describe(name: str, layer: BSRLayer) -> ParamRecord:
+    return ParamRecord(
+        name,
+        "bsr",
+        f"int{layer.bits}",
+        layer.shape,
+        group_size=layer.group_size,
+        nnz=layer.nnz,
+        symmetric=layer.symmetric,
+    )
 
 
 def kv_spec(imported: ImportedModel, dtype: CacheDtype) -> KVCacheSpec:

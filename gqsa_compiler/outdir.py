@@ -125,24 +125,26 @@ def check_output(
     overwrite : bool
         See `staged_directory`.
     protect : iterable of path
-        What the output is made from. Overwriting must not delete it. Paths where nothing is
-        are passed over.
+        What the output is made from. Overwriting must not delete it, and what is written must not
+        become a part of it. Paths where nothing is are passed over.
 
     Raises
     ------
     UsageError
-        See `staged_directory`; or `path` is, or contains, one of `protect`, links followed.
+        See `staged_directory`; or `path` is, contains or lies inside one of `protect`, links
+        followed.
     """
     final = Path(os.path.realpath(path))
     if not final.name:
         raise UsageError(f"{final} cannot be an output directory; name a directory inside it.")
-    if not os.path.lexists(final):
-        _check_length(final)
-        return
-    if not final.is_dir():
+    exists = os.path.lexists(final)
+    if exists and not final.is_dir():
         raise UsageError(f"The output {final} exists and is not a directory; choose another name.")
     for given in protect:
         _check_apart(final, given)
+    if not exists:
+        _check_length(final)
+        return
     if not overwrite:
         raise UsageError(
             f"The output directory {final} exists; choose another name or overwrite it "
@@ -160,17 +162,27 @@ def check_output(
 
 
 def _check_apart(final: Path, given: str | os.PathLike[str]) -> None:
-    """Check that replacing `final` would not delete `given`."""
+    """Check that replacing `final` would not delete `given`, nor writing it add to `given`."""
     real = Path(os.path.realpath(given))
     if not os.path.lexists(real):
         return
-    for place in (real, *real.parents):
-        # By identity: mounts and file systems that ignore case give one directory many names.
-        if place.samefile(final):
-            what = "is" if place == real else "contains"
-            raise UsageError(
-                f"The output {final} {what} the input {os.fspath(given)}; choose another name."
-            )
+    if _is_same(real, final):
+        what, remedy = "is", "choose another name"
+    elif any(_is_same(place, final) for place in real.parents):
+        what, remedy = "contains", "choose another name"
+    elif any(_is_same(place, real) for place in final.parents):
+        what, remedy = "lies inside", "choose a directory outside it"
+    else:
+        return
+    raise UsageError(f"The output {final} {what} the input {os.fspath(given)}; {remedy}.")
+
+
+def _is_same(one: Path, other: Path) -> bool:
+    """Compare by identity: mounts and file systems that ignore case give many names."""
+    try:
+        return one.samefile(other)
+    except OSError:  # one of them is not there yet, or could not be
+        return False
 
 
 def _check_length(final: Path) -> None:

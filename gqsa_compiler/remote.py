@@ -17,9 +17,11 @@ import numpy as np
 from gqsa_compiler._tvm import rpc, tvm, tvm_ffi
 from gqsa_compiler.errors import ArtefactError, GqsaError, UsageError
 from gqsa_compiler.runtime import library, params
-from gqsa_compiler.runtime.engine import Program, Session
+from gqsa_compiler.runtime.errors import last_line
+from gqsa_compiler.runtime.machine import Limits, Machine
 from gqsa_compiler.runtime.manifest import Manifest, Variant
 from gqsa_compiler.runtime.model import Model
+from gqsa_compiler.runtime.program import Program
 
 _SECONDS = 10  # to reach the server
 _CPU, _POOLED_ALLOCATOR = 1, 2
@@ -99,7 +101,7 @@ class _Connection:
             if "mismatch" in str(error):
                 raise self.other_release() from None
             raise GqsaError(
-                f"{address} is no RPC server of TVM, or serves somebody else ({_line(error)})."
+                f"{address} is no RPC server of TVM, or serves somebody else ({last_line(error)})."
             ) from None
 
     def function(self, name: str) -> Any:
@@ -197,57 +199,28 @@ class _RemoteProgram(Program):
             raise ArtefactError(
                 f"The device at {self.connection.address} cannot load the code for "
                 f"{self.variant.target.name} ({self.variant.target.arch}); compile the model for "
-                f"that device ({_line(error)})."
+                f"that device ({last_line(error)})."
             ) from None
 
-    def session(
-        self,
-        *,
-        threads: int | None = None,
-        context_length: int | None = None,
-        max_batch: int | None = None,
-    ) -> Session:
-        """Open a session on the device, which uses the threads that the server has."""
-        return _RemoteSession(
-            self, threads=threads, context_length=context_length, max_batch=max_batch
-        )
+    def machine(self, limits: Limits) -> Machine:
+        """Make a session's virtual machine and cache on the device, with the server's threads."""
+        return _RemoteMachine(self, limits)
 
 
-class _RemoteSession(Session):
-    """The passes and the cache, on a device."""
+class _RemoteMachine(Machine):
+    """The code and the cache, on a device."""
 
-    def __init__(self, program: _RemoteProgram, **limits: int | None) -> None:
+    def __init__(self, program: _RemoteProgram, limits: Limits) -> None:
         self._connection = program.connection
-        super().__init__(program, **limits)
-
-    def _start(self, module: Any, token_bytes: int) -> None:
-        connection = self._connection
-        shape = connection.function("ffi.Shape")
-        try:
-            vm = module["vm_load_executable"]()
-            vm["vm_initialization"](*self._device.vm_arguments)
-            self._forward, self._hidden = vm["forward"], vm["hidden_states"]
-            self._logits, create = vm["logits"], vm["create_kv_cache"]
-        except AttributeError as error:
-            raise ArtefactError(
-                f"The artefact's library is not a compiled model: {error}."
-            ) from None
-        self._vm = vm
-        pages = -(-self.context_length // self._page) * self.max_batch
-        tokens = pages * self._page
-        try:
-            self._kv = create(shape(self.max_batch, tokens, self._chunk))
-        except Exception as error:
-            raise UsageError(
-                f"The key/value cache of {tokens} tokens ({tokens * token_bytes / 1e9:.1f} GB) "
-                f"cannot be made on the device: {_line(error)}. Ask for a smaller context or batch."
-            ) from None
-        self._add = connection.function("vm.builtin.kv_state_add_sequence")
-        self._remove = connection.function("vm.builtin.kv_state_remove_sequence")
-        self._end = connection.function("vm.builtin.kv_state_end_forward")
-        begin = connection.function("vm.builtin.kv_state_begin_forward")
         # Shapes of this machine do not go over the wire.
-        self._begin = lambda kv, sequences, lengths: begin(kv, shape(*sequences), shape(*lengths))
+        self._make_shape = program.connection.function("ffi.Shape")
+        super().__init__(program.module, program.manifest, program.device, limits)
+
+    def _builtin(self, name: str) -> Any:
+        return self._connection.function(name)
+
+    def _shape(self, *sizes: int) -> Any:
+        return self._make_shape(*sizes)
 
 
 def _choose(manifest: Manifest, directory: Path, connection: _Connection) -> Variant:
@@ -271,9 +244,3 @@ def _choose(manifest: Manifest, directory: Path, connection: _Connection) -> Var
             f"{connection.address} is {arch}; compile it for that device."
         )
     return variant
-
-
-def _line(error: BaseException) -> str:
-    """Return the last line of an error: TVM puts its trace before it."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[-1].rstrip(".")[:200] if lines else type(error).__name__

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
@@ -16,9 +17,11 @@ from gqsa_compiler.passes.plan import (
     PackedTensor,
     PackPlan,
     RawTensor,
+    np_dtype,
     tensor_bytes,
 )
 from gqsa_compiler.runtime.manifest import Kernel as KernelInfo
+from gqsa_compiler.runtime.manifest import Parameter
 
 
 @dataclass(frozen=True)
@@ -54,11 +57,12 @@ class CompileReport:
         ``compressed``, ``head`` (where it is rounded here), ``dense_linear``, ``tables``
         (embeddings and rotary tables, of which a token reads one row) and ``other`` (norms,
         biases); their sum is the size of the weights in memory. A tied embedding that is not
-        rounded counts as ``dense_linear``: the head reads all of it.
+        rounded counts as ``dense_linear``: the head reads all of it. With adapters also
+        ``adapters``, all of them.
     bits_per_weight : float
         Of the compressed layers, packed, over their decoded size N * K; 0 when there are none.
     bytes_per_token : int
-        Weight bytes that one decoded token reads.
+        Weight bytes that one decoded token reads; without adapters that can be chosen.
     workspace_bytes : int
     kv_cache_dtype : str
     kv_cache_bytes_per_token : int
@@ -235,6 +239,16 @@ def bytes_by_kind(plan: PackPlan) -> dict[str, int]:
             kind = "tables"
         kinds[kind] += tensor_bytes(tensor)
     return dict(kinds)
+
+
+def adapter_bytes(parameters: Sequence[Parameter], plan: PackPlan) -> int:
+    """Sum the bytes of an artefact's parameters that `plan`, its model's alone, does not have."""
+    own = {tensor.name for tensor in plan.tensors}
+    return sum(
+        math.prod(parameter.shape) * np_dtype(parameter.dtype).itemsize
+        for parameter in parameters
+        if parameter.name not in own
+    )
 
 
 def bits_per_weight(plan: PackPlan) -> float:

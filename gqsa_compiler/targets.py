@@ -8,6 +8,7 @@ from typing import Any
 
 from gqsa_compiler.arm_cores import ARM_CORES
 from gqsa_compiler.errors import GqsaError, UsageError
+from gqsa_compiler.gpu_names import GPU_ARCHES, PREFIX, near_names
 from gqsa_compiler.runtime.cpus import host_arch, host_flags
 from gqsa_compiler.runtime.gpus import CPU, CUDA, open_driver
 
@@ -245,7 +246,7 @@ def parse_target(name: str) -> TargetSpec:
     Raises
     ------
     UsageError
-        The name is unknown; the message lists those that exist.
+        The name is unknown; the message lists those that exist, or of GPUs the nearest ones.
     """
     if name == "cpu":
         return host_target(name, host_arch(), host_flags())
@@ -267,7 +268,19 @@ def parse_target(name: str) -> TargetSpec:
         return _cuda_here(name)
     if name.startswith("cuda:") and name.removeprefix("cuda:") in SHARED_BYTES:
         return _cuda(name, name.removeprefix("cuda:"))
-    raise UsageError(f"Unknown target {name!r}; choose one of {', '.join(TARGET_NAMES)}.")
+    if name in GPU_ARCHES:
+        return _cuda(name, GPU_ARCHES[name])
+    if name.startswith(PREFIX):
+        near = near_names(name)
+        meant = f"did you mean {' or '.join(near)}? Otherwise name" if near else "name"
+        raise UsageError(
+            f"There is no GPU {name!r} among those that the kernels are known for; {meant} its "
+            f"architecture, one of {', '.join(GPU_NAMES[1:])}."
+        )
+    raise UsageError(
+        f"Unknown target {name!r}; choose one of {', '.join(TARGET_NAMES)}, or a GPU by its name, "
+        "such as nvidia/nvidia-h100."
+    )
 
 
 def parse_targets(names: str) -> tuple[TargetSpec, ...]:

@@ -16,15 +16,18 @@ from gqsa_compiler.compile_options import CompileOptions
 from gqsa_compiler.errors import UsageError
 from gqsa_compiler.outdir import check_output, staged_directory
 from gqsa_compiler.progress import Progress
-from gqsa_compiler.runtime.cpus import default_threads, host_arch, host_flags
+from gqsa_compiler.runtime.cpus import allowed_cpus, default_threads
 from gqsa_compiler.targets import TargetSpec, parse_target
 from gqsa_compiler.tuning.bundle import Exported, export_bundle
 from gqsa_compiler.tuning.database import Database
-from gqsa_compiler.tuning.key import host_chip, slug
+from gqsa_compiler.tuning.here import check_runs_here
+from gqsa_compiler.tuning.key import gpu_chip, host_chip, slug
 from gqsa_compiler.tuning.lookup import Known, Tuned, open_tuned, shipped
+from gqsa_compiler.tuning.measure.builders import BuilderPool
 from gqsa_compiler.tuning.measure.local import LocalMeasurer, Measurer
 from gqsa_compiler.tuning.measure.workspace import Limits
-from gqsa_compiler.tuning.session import How, Observe, Result, Session, Settings
+from gqsa_compiler.tuning.session import Observe, Session
+from gqsa_compiler.tuning.task_state import How, Result, Settings
 from gqsa_compiler.tuning.tasks import Task, Workload, extract
 
 
@@ -55,7 +58,8 @@ class TuneOptions:
     key : str
         Of those machines there.
     chip : str or None
-        Their processor's name; this machine's is known.
+        Their processor's name; this machine's is known. Of a bundle: the processor whose records
+        of the database are taken, if it has several's.
     """
 
     target: str = "cpu"
@@ -75,8 +79,30 @@ class TuneOptions:
 
 
 DEFAULT_MINUTES = 20.0
+_MOST_TOKENS = 1_000_000_000
+_MOST_THREADS = 1024
 _CACHES = 2
+_MOST_BUILDERS = 4  # a GPU measures faster than nvcc compiles; each takes some 500 MB
 _MEMORY_SHARE = 8  # of the memory that is available, for each of two kernels
+
+
+def _one_target(options: TuneOptions) -> TargetSpec:
+    """Check what can be checked before the model is read, and look the target up."""
+    if "," in options.target:
+        raise UsageError(f"One target is tuned at a time; {options.target} names several.")
+    if options.prompt < 1 or options.gen < 1:
+        raise UsageError("A workload has at least one token of a prompt and one generated.")
+    if max(options.prompt, options.gen) > _MOST_TOKENS:
+        raise UsageError(f"A workload has at most {_MOST_TOKENS} tokens of each kind.")
+    if options.trials is not None and options.trials < 1:
+        raise UsageError(f"trials is {options.trials} and must be at least 1.")
+    if not 0 <= options.seed < 1 << 32:
+        raise UsageError(f"seed is {options.seed} and must be from 0 to {(1 << 32) - 1}.")
+    if options.threads is not None and not 1 <= options.threads <= _MOST_THREADS:
+        raise UsageError(f"threads is {options.threads} and must be from 1 to {_MOST_THREADS}.")
+    if options.minutes is not None and not options.minutes >= 0:  # NaN neither
+        raise UsageError(f"minutes is {options.minutes} and must be 0 or more.")
+    return parse_target(options.target)
 
 
 def model_tasks(
@@ -91,11 +117,7 @@ def model_tasks(
     ModelError, CheckpointError, CompileError
         The model cannot be read or compiled.
     """
-    if "," in options.target:
-        raise UsageError(f"One target is tuned at a time; {options.target} names several.")
-    if options.prompt < 1 or options.gen < 1:
-        raise UsageError("A workload has at least one token of a prompt and one generated.")
-    target = parse_target(options.target)
+    target = _one_target(options)
     settings = CompileOptions(
         target=options.target,
         context_length=options.compile.context_length,
@@ -145,11 +167,22 @@ def tune_model(
             "With --tracker the processor of its machines has to be named: --chip NAME, which "
             "gqsa compile --chip then takes."
         )
-    target, tasks = model_tasks(model, options, progress)
+    target = _one_target(options)
     if options.tracker is None:
         check_runs_here(target)
+        if target.kind != "cuda" and (options.threads or 1) > len(allowed_cpus()):
+            raise UsageError(
+                f"threads is {options.threads} and this process may use {len(allowed_cpus())} "
+                f"CPUs; choose 1 to {len(allowed_cpus())}."
+            )
+    elif target.kind == "cuda":
+        raise UsageError(
+            "Machines of a tracker measure for CPUs only; run gqsa tune on the machine with the "
+            "GPU, or carry a bundle to it: gqsa tune export."
+        )
     files = Database(database)
     files.files()  # refuses a database that is a file, before any work
+    target, tasks = model_tasks(model, options, progress)
     minutes = options.minutes
     if minutes is None and options.trials is None:
         minutes = DEFAULT_MINUTES
@@ -161,14 +194,16 @@ def tune_model(
         options.seed,
         threads,
         options.resume,
-        _here(options.limits),
+        options.limits if target.kind == "cuda" else _here(options.limits),
     )
-    chip = slug(options.chip) if options.chip else host_chip()
+    if options.chip:
+        chip = slug(options.chip)
+    else:
+        chip = gpu_chip() if target.kind == "cuda" else host_chip()
     known = [Known(trial, 0) for trial in files.read().trials]
     known += [Known(trial, 1) for trial in shipped()]
     with tempfile.TemporaryDirectory(prefix="gqsa-tune-") as folder:
         measurer = _measurer(options, target, Path(folder) / "program")
-        here = options.tracker is None and not options.resume
         session = Session(
             tasks,
             target,
@@ -181,7 +216,8 @@ def tune_model(
             Path(folder) / "tasks",
             Tuned(known, chip),
             observe,
-            measure_read_bandwidth(threads, repeats=3) if here else 0.0,
+            _read_bandwidth(options, measurer, threads),
+            _builders(options, target, measurer),
         )
         return session.run()
 
@@ -190,6 +226,22 @@ def _here(limits: Limits) -> Limits:
     """Let calls take turns on more weights than this machine's caches hold, if memory allows."""
     wanted = max(limits.rotate_bytes, _CACHES * last_level_cache_bytes())
     return replace(limits, rotate_bytes=min(wanted, available_bytes() // _MEMORY_SHARE))
+
+
+def _read_bandwidth(options: TuneOptions, measurer: Measurer, threads: int) -> float:
+    """Measure this machine's memory, or its GPU's, in bytes a second; 0 where nobody asks."""
+    known = measurer.read_bandwidth
+    if known or options.tracker is not None or options.resume:
+        return known
+    return measure_read_bandwidth(threads, repeats=3)
+
+
+def _builders(options: TuneOptions, target: TargetSpec, measurer: Measurer) -> BuilderPool | None:
+    """Start what builds while others are measured; nothing does where this CPU is measured."""
+    cores = default_threads()
+    if options.tracker is not None:
+        return BuilderPool(max(1, min(measurer.slots, cores)))
+    return BuilderPool(max(1, min(_MOST_BUILDERS, cores - 1))) if target.kind == "cuda" else None
 
 
 def _measurer(options: TuneOptions, target: TargetSpec, folder: Path) -> Measurer:
@@ -211,6 +263,7 @@ def export_model(
     options: TuneOptions,
     *,
     database: Path | None = None,
+    jobs: int | None = None,
     progress: Progress | None = None,
 ) -> Exported:
     """Build candidates of a model's kernels into a bundle for another machine.
@@ -224,6 +277,8 @@ def export_model(
         `trials` candidates in all, 100 if that is None.
     database : Path or None
         What it knows to be good is among the candidates.
+    jobs : int or None
+        Candidates that are built at once; None: one a core.
     progress : callable or None
 
     Raises
@@ -233,7 +288,7 @@ def export_model(
     """
     check_output(output)
     target, tasks = model_tasks(model, options, progress)
-    known = open_tuned(database, target) if database is not None else None
+    known = open_tuned(database, target, options.chip) if database is not None else None
     with staged_directory(output) as staging:
         return export_bundle(
             staging,
@@ -247,21 +302,5 @@ def export_model(
             limits=options.limits,
             known=known,
             progress=progress,
-        )
-
-
-def check_runs_here(target: TargetSpec) -> None:
-    """Check that this machine can run a target's code.
-
-    Raises
-    ------
-    UsageError
-        It cannot.
-    """
-    missing = [flag for flag in target.required_flags if flag not in host_flags()]
-    if target.kind != "llvm" or target.arch != host_arch() or missing:
-        lacks = f" (it lacks {', '.join(missing)})" if missing and target.kind == "llvm" else ""
-        raise UsageError(
-            f"This machine cannot run code for {target.name}{lacks}; carry a bundle to one that "
-            "can: gqsa tune export."
+            jobs=jobs or default_threads(),
         )

@@ -6,12 +6,16 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from gqsa_compiler._tvm import Target, relax, tvm
+from gqsa_compiler.passes.add_choice import AddChoice
+from gqsa_compiler.passes.add_decode import AddDecode
 from gqsa_compiler.passes.attach_kv_cache import AttachKVCache
 from gqsa_compiler.passes.bind import BindRecords
+from gqsa_compiler.passes.capture_decode import CaptureDecode
 from gqsa_compiler.passes.device_kernels import DeviceKernels
 from gqsa_compiler.passes.fold_parallel_linears import FoldParallelLinears
 from gqsa_compiler.passes.fuse_epilogue import FuseActivation, FuseBias, FuseResidual
 from gqsa_compiler.passes.fuse_norm import FuseNorm
+from gqsa_compiler.passes.low_rank import AddLowRank, LowRankOptions
 from gqsa_compiler.passes.memory import BoundTokens
 from gqsa_compiler.passes.plan import PackPlan
 from gqsa_compiler.passes.records import ParamRecord
@@ -46,6 +50,10 @@ class PipelineOptions:
         Chooses the kernels' configurations; None: each rule's default.
     general : bool
         The module is nobody's decoder: reductions that have no kernel get a plain schedule.
+    low_rank : LowRankOptions or None
+        The layers that adapters change; None: there are no adapters.
+    captured_batch : int
+        On a GPU: sequences at once that a captured function for decoding is made for; 0: none is.
     """
 
     target: TargetSpec
@@ -54,6 +62,8 @@ class PipelineOptions:
     activation_dtype: ActivationDtype = "float32"
     configurations: Configurations | None = None
     general: bool = False
+    low_rank: LowRankOptions | None = None
+    captured_batch: int = 0
 
 
 def phases(
@@ -61,10 +71,12 @@ def phases(
 ) -> tuple[Phase, ...]:
     """List every pass, by phase. `plan` is filled by phase ``dispatch``."""
     transform = relax.transform
+    captured = options.captured_batch if options.target.kind == "cuda" else 0
     return (
         (
             "bind",
             [
+                *([AddDecode(captured)] if captured else []),  # one token a sequence
                 BindRecords(records),  # storage dtypes and compression records, for all below
                 BoundTokens(options.token_bounds),  # lets memory be planned for dynamic shapes
             ],
@@ -84,11 +96,14 @@ def phases(
         (
             "dispatch",
             [
+                # adapters' paths beside the layers, once these are folded
+                *_low_rank(options, plan),
                 # rule, configuration, packed parameters
                 SelectKernels(options.target, plan, options.configurations),
                 SelectNorms(options.target),  # norms that nothing absorbed
                 DeviceKernels(options.target),  # RoPE, which the definition brought along
                 AttachKVCache(options.kv_cache, options.target),  # with this target's attention
+                *([AddChoice()] if captured else []),  # so that a token leaves the GPU, not logits
             ],
         ),
         (
@@ -114,6 +129,7 @@ def phases(
                 transform.RemovePurityChecking(),  # for the same reason
                 transform.CallTIRRewrite(),  # outputs are allocated and passed in
                 transform.StaticPlanBlockMemory(),  # buffers share storage, sized by the bounds
+                *([CaptureDecode()] if captured else []),  # a CUDA graph a token
             ],
         ),
         (
@@ -128,6 +144,12 @@ def phases(
             ],
         ),
     )
+
+
+def _low_rank(options: PipelineOptions, plan: PackPlan) -> list[tvm.transform.Pass]:
+    if options.low_rank is None:
+        return []
+    return [AddLowRank(options.target, options.low_rank, plan)]
 
 
 def run(

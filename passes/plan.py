@@ -12,6 +12,7 @@ import numpy as np
 
 from gqsa_compiler.passes.records import ParamRecord
 from gqsa_compiler.schedules.choice import Source
+from gqsa_compiler.schedules.low_rank.spec import LowRankDtype
 from gqsa_compiler.schedules.rule import KernelConfig, ScheduleRule
 from gqsa_compiler.schedules.spec import LinearSpec
 
@@ -116,6 +117,53 @@ class PackedTensor:
 Tensor = RawTensor | BiasTensor | PackedTensor
 
 
+@dataclass(frozen=True)
+class LowRankSite:
+    """A linear op with a low-rank path beside it, and the two tensors of it that adapters fill.
+
+    Parameters
+    ----------
+    layers : tuple of str
+        The layers folded into the op.
+    features : tuple of int
+        The outputs of each.
+    changed : tuple of str
+        Those that an adapter changes: the path's slots, in order.
+    rank : int
+        Of every slot: the largest of any adapter.
+    k : int
+        The op's input features.
+    dtype : str
+    """
+
+    layers: tuple[str, ...]
+    features: tuple[int, ...]
+    changed: tuple[str, ...]
+    rank: int
+    k: int
+    dtype: LowRankDtype
+
+    @property
+    def name(self) -> str:
+        """The layers' names, folded, as a kernel's."""
+        return folded_name(list(self.layers))
+
+    @property
+    def slots(self) -> int:
+        """How many layers are changed."""
+        return len(self.changed)
+
+    @property
+    def records(self) -> tuple[ParamRecord, ParamRecord]:
+        """A of all slots, one below the other [slots * rank, K], and B transposed [rank, N]."""
+        shapes = (self.slots * self.rank, self.k), (self.rank, sum(self.features))
+        a, b = (
+            ParamRecord(f"{self.name}.lora_{which}.weight", "dense", self.dtype, shape)
+            for which, shape in zip("AB", shapes, strict=True)
+        )
+        return a, b
+
+
 @dataclass
 class PackPlan:
     """Filled by the pass `SelectKernels`, read by the artefact's writer.
@@ -125,11 +173,14 @@ class PackPlan:
     tensors : list
         In the order of the parameter tuple that every compiled function takes last.
     kernels : list of Kernel
+    sites : list of LowRankSite
+        Where adapters have their paths.
     """
 
     tensors: list[Tensor] = field(default_factory=list)
     kernels: list[Kernel] = field(default_factory=list)
     _index: dict[str, int] = field(default_factory=dict)
+    sites: list[LowRankSite] = field(default_factory=list)
 
     @property
     def layout(self) -> Hashable:
@@ -152,7 +203,16 @@ class PackPlan:
             else tensor
             for tensor in self.tensors
         ]
-        return PackPlan(tensors, self.kernels, self._index)
+        return PackPlan(tensors, self.kernels, self._index, self.sites)
+
+    def without_adapters(self) -> PackPlan:
+        """Return the plan of the model alone, without the tensors that adapters fill."""
+        if not self.sites:
+            return self
+        filled = {record.name for site in self.sites for record in site.records}
+        tensors = [tensor for tensor in self.tensors if tensor.name not in filled]
+        kernels = [k for k in self.kernels if k.records[0].name not in filled]
+        return PackPlan(tensors, kernels, {t.name: i for i, t in enumerate(tensors)})
 
 
 def np_dtype(name: str) -> np.dtype[Any]:

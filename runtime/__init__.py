@@ -13,16 +13,19 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from gqsa_compiler.runtime.conversation import Conversation
     from gqsa_compiler.runtime.engine import Session
     from gqsa_compiler.runtime.errors import ArtefactError, GqsaError, UsageError
     from gqsa_compiler.runtime.generation import Generation, Options, Timings
     from gqsa_compiler.runtime.manifest import Manifest
-    from gqsa_compiler.runtime.model import Model, TextStream, load
+    from gqsa_compiler.runtime.model import Model, load
     from gqsa_compiler.runtime.module import Module, load_module
     from gqsa_compiler.runtime.sampling import SamplingOptions
+    from gqsa_compiler.runtime.stream import TextStream
 
 __all__ = [
     "ArtefactError",
+    "Conversation",
     "Generation",
     "GqsaError",
     "Manifest",
@@ -40,6 +43,7 @@ __all__ = [
 
 _MODULES = {
     "ArtefactError": "errors",
+    "Conversation": "conversation",
     "Generation": "generation",
     "GqsaError": "errors",
     "Manifest": "manifest",
@@ -48,7 +52,7 @@ _MODULES = {
     "Options": "generation",
     "SamplingOptions": "sampling",
     "Session": "engine",
-    "TextStream": "model",
+    "TextStream": "stream",
     "Timings": "generation",
     "UsageError": "errors",
     "load": "model",

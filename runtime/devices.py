@@ -13,6 +13,7 @@ from gqsa_compiler.runtime._ffi import tvm_ffi
 from gqsa_compiler.runtime.errors import ArtefactError, UsageError
 from gqsa_compiler.runtime.gpus import CPU, CUDA
 from gqsa_compiler.runtime.manifest import Manifest
+from gqsa_compiler.runtime.params import ALIGNMENT
 
 _POOLED_ALLOCATOR = 2
 _AVAILABLE_MEMORY = 15  # DeviceAttrKind::kAvailableGlobalMemory
@@ -60,7 +61,7 @@ class Device:
         if self.is_cpu:
             return tensor
         try:
-            target = self._empty(tuple(tensor.shape), tensor.dtype)
+            target = self.empty(tuple(tensor.shape), tensor.dtype)
             _call("runtime.TVMTensorCopyFromTo", tensor, target)
             return target
         except Exception as error:
@@ -80,6 +81,15 @@ class Device:
         _call("runtime.TVMTensorCopyFromTo", tensor, tvm_ffi.from_dlpack(found))
         return found
 
+    def write(self, array: np.ndarray, tensor: Any) -> None:
+        """Copy an array into a tensor of this device that has its shape and dtype."""
+        _call("runtime.TVMTensorCopyFromTo", tvm_ffi.from_dlpack(array), tensor)
+
+    def beginning(self, tensor: Any, length: int) -> Any:
+        """Return the first elements of a tensor [n], in the same memory."""
+        create = "runtime.TVMTensorCreateView"
+        return _call(create, tensor, tvm_ffi.Shape((length,)), tensor.dtype, 0)
+
     def free_bytes(self) -> int | None:
         """Return the bytes of memory that are free; None on the CPU, whose pages come when used."""
         if self.is_cpu:
@@ -94,20 +104,24 @@ class Device:
         float
             Bytes a second, read and written ones counted, of the best repeat.
         """
-        source, target = (self._empty((size,), "uint8") for _ in range(2))
-        device = tvm_ffi.device(_NAMES[self.kind], self.index)
+        source, target = (self.empty((size,), "uint8") for _ in range(2))
         best = 0.0
         for _ in range(repeats):
             begin = time.perf_counter()
             _call("runtime.TVMTensorCopyFromTo", source, target)
-            _call("runtime.Device_StreamSync", device, 0)
+            _call("runtime.Device_StreamSync", self.memory, 0)
             best = max(best, 2 * size / (time.perf_counter() - begin))
         return best
 
-    def _empty(self, shape: Sequence[int], dtype: Any) -> Any:
-        device = tvm_ffi.device(_NAMES[self.kind], self.index)
+    @property
+    def memory(self) -> Any:
+        """DLPack's name of this device, for TVM."""
+        return tvm_ffi.device(_NAMES[self.kind], self.index)
+
+    def empty(self, shape: Sequence[int], dtype: Any) -> Any:
+        """Make a tensor on this device, of whatever its memory holds."""
         make = "runtime.TVMTensorAllocWithScope"
-        return _call(make, tvm_ffi.Shape(shape), tvm_ffi.dtype(str(dtype)), device, None)
+        return _call(make, tvm_ffi.Shape(shape), tvm_ffi.dtype(str(dtype)), self.memory, None)
 
 
 _NAMES = {CPU: "cpu", CUDA: "cuda"}
@@ -115,6 +129,14 @@ _NAMES = {CPU: "cpu", CUDA: "cuda"}
 
 def _call(name: str, *arguments: Any) -> Any:
     return tvm_ffi.get_global_func(name)(*arguments)
+
+
+def aligned(ids: np.ndarray) -> np.ndarray:
+    """Copy int32 [n] to where TVM's code takes arguments to be; numpy only promises 16 bytes."""
+    buffer = np.empty(len(ids) + ALIGNMENT // 4, np.int32)
+    start = -buffer.ctypes.data % ALIGNMENT // 4
+    buffer[start : start + len(ids)] = ids
+    return buffer[start : start + len(ids)]
 
 
 def out_of_memory(error: BaseException) -> bool:
@@ -198,4 +220,4 @@ def _gb(size: int) -> str:
     return f"{size / 1e9:.2f} GB"
 
 
-__all__ = ["Device", "MemorySum", "fit_cache", "out_of_memory"]
+__all__ = ["Device", "MemorySum", "aligned", "fit_cache", "out_of_memory"]

@@ -1,4 +1,4 @@
-"""A session: the compiled functions, their parameters and one paged key/value cache.
+"""A session: sequences of tokens, and the passes of the compiled functions over them.
 
 Every call into TVM is made on a thread of `workers`, so a session has exactly the threads it asked
 for and pins nobody else's; and several threads of a program may use one session.
@@ -8,95 +8,21 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from functools import partial
+from typing import Any, TypeVar
 
 import numpy as np
 
-from gqsa_compiler.runtime import cpus, library, params
-from gqsa_compiler.runtime._ffi import tvm_ffi
-from gqsa_compiler.runtime.devices import Device, MemorySum, fit_cache, out_of_memory
-from gqsa_compiler.runtime.errors import ArtefactError, UsageError
+from gqsa_compiler.runtime import cpus
+from gqsa_compiler.runtime.adapters import PREFIX, Adapters, together
+from gqsa_compiler.runtime.devices import MemorySum, fit_cache
+from gqsa_compiler.runtime.errors import UsageError
+from gqsa_compiler.runtime.machine import Code, Instrument, Limits
 from gqsa_compiler.runtime.manifest import SCORE_ROWS, Manifest
+from gqsa_compiler.runtime.program import Program
 from gqsa_compiler.runtime.workers import Workers
 
 T = TypeVar("T")
-
-
-class Instrument(Protocol):
-    """What `Session.set_instrument` takes: called before and after each call of the compiled code.
-
-    `name` is the called function's in the library, or a builtin's of TVM; `result` is None
-    before the call. Calls can be nested.
-    """
-
-    def __call__(
-        self, function: Any, name: str, before: bool, result: Any, *arguments: Any
-    ) -> None:
-        """Take note of a call."""
-
-
-class Program:
-    """The compiled code and the mapped parameters of one artefact: shared by its sessions.
-
-    Parameters
-    ----------
-    directory : Path
-        The artefact.
-    manifest : Manifest
-        Its manifest.
-    verify : bool
-        Check the parameters' SHA-256.
-    variant : str, optional
-        Target name of the variant to run; the best that this machine can run unless given.
-
-    Raises
-    ------
-    ArtefactError
-        Whatever `library.choose`, `library.check` and `params.map_params` refuse.
-    UsageError
-        There is no such variant.
-
-    """
-
-    def __init__(
-        self,
-        directory: Path,
-        manifest: Manifest,
-        *,
-        verify: bool = True,
-        variant: str | None = None,
-    ) -> None:
-        self.variant = library.choose(manifest, variant)
-        libraries = library.check(directory, manifest, self.variant)
-        views = params.map_params(
-            directory / manifest.parameters_file, manifest.parameters, verify=verify
-        )
-        self.manifest = manifest
-        self.module = library.load_executable(
-            libraries, directory / self.variant.library.file, manifest.versions.tvm
-        )
-        # A typed view made by TVM itself: numpy has no bfloat16 to say it in.
-        create_view = tvm_ffi.get_global_func("runtime.TVMTensorCreateView")
-        self.device = Device(self.variant.target.device_type)
-        self.parameters = tvm_ffi.Array(
-            [
-                self.device.upload(
-                    create_view(_tensor(view), tvm_ffi.Shape(p.shape), tvm_ffi.dtype(p.dtype), 0)
-                )
-                for view, p in zip(views, manifest.parameters, strict=True)
-            ]
-        )
-
-    def session(
-        self,
-        *,
-        threads: int | None = None,
-        context_length: int | None = None,
-        max_batch: int | None = None,
-    ) -> Session:
-        """Open a session; see `Session`."""
-        return Session(self, threads=threads, context_length=context_length, max_batch=max_batch)
 
 
 class Session:
@@ -145,46 +71,21 @@ class Session:
             )
         self.threads = threads or cpus.default_threads()
         self._chunk = model.prefill_chunk
-        self._page = program.manifest.kv_cache.page_size
         self._manifest = program.manifest
         self._parameters = program.parameters
+        self.adapters = Adapters(program.manifest, program.parameters)
+        self._chosen: dict[int, str] = {}
         self._lengths: dict[int, int] = {}
         self._next = 0
         self._closed = False
         self._left = deque[Callable[[], object]]()
         self._workers = Workers.share(allowed[: self.threads])
+        limits = Limits(self.context_length, self.max_batch)
         try:
-            self._on_thread(self._start, program.module, program.manifest.kv_cache.bytes_per_token)
+            self._machine = self._on_thread(program.machine, limits)
         except BaseException:
             self._workers.release()
             raise
-
-    def _start(self, module: Any, token_bytes: int) -> None:
-        try:
-            vm = module["vm_load_executable"]()
-            vm["vm_initialization"](*self._device.vm_arguments)
-            self._forward, self._hidden = vm["forward"], vm["hidden_states"]
-            self._logits, create = vm["logits"], vm["create_kv_cache"]
-        except AttributeError as error:
-            raise ArtefactError(
-                f"The artefact's library is not a compiled model: {error}."
-            ) from None
-        self._vm = vm
-        pages = -(-self.context_length // self._page) * self.max_batch
-        tokens = pages * self._page
-        try:
-            self._kv = create(tvm_ffi.Shape((self.max_batch, tokens, self._chunk)))
-        except (RuntimeError, ValueError, MemoryError) as error:
-            raise UsageError(
-                f"The key/value cache of {tokens} tokens ({tokens * token_bytes / 1e9:.1f} GB) "
-                f"cannot be made: {error}. Ask for a smaller context or batch."
-            ) from None
-        state = {
-            name: tvm_ffi.get_global_func(f"vm.builtin.kv_state_{name}")
-            for name in ("add_sequence", "remove_sequence", "begin_forward", "end_forward")
-        }
-        self._add, self._remove = state["add_sequence"], state["remove_sequence"]
-        self._begin, self._end = state["begin_forward"], state["end_forward"]
 
     def _fit(self, manifest: Manifest, *, fewer: bool, shorter: bool) -> MemorySum | None:
         """Fit the limits into a GPU's memory; a CPU's pages are taken as they are used."""
@@ -197,15 +98,21 @@ class Session:
         self.max_batch, self.context_length = found.sequences, found.context
         return found
 
-    def add(self) -> int:
+    def add(self, adapter: str | None = None) -> int:
         """Open an empty sequence and return its number.
+
+        Parameters
+        ----------
+        adapter : str, optional
+            One of `adapters.names`, for all of the sequence; the model alone unless given.
 
         Raises
         ------
         UsageError
-            There are `max_batch` sequences already.
+            There are `max_batch` sequences already, or there is no such adapter.
 
         """
+        self.adapters.check(adapter)
         if self._left:
             self._on_thread(_nothing)
         if len(self._lengths) >= self.max_batch:
@@ -215,13 +122,16 @@ class Session:
             )
         sequence, self._next = self._next, self._next + 1
         self._lengths[sequence] = 0
-        self._on_thread(self._add, self._kv, sequence)
+        if adapter is not None:
+            self._chosen[sequence] = adapter
+        self._on_thread(self._machine.add, sequence)
         return sequence
 
     def remove(self, sequence: int) -> None:
         """Forget a sequence and free its pages; one that is gone already is no error."""
         if self._lengths.pop(sequence, None) is not None:
-            self._on_thread(self._remove, self._kv, sequence)
+            self._chosen.pop(sequence, None)
+            self._on_thread(self._machine.remove, sequence)
 
     def length(self, sequence: int) -> int:
         """Return the number of tokens that a sequence has in the cache.
@@ -235,6 +145,21 @@ class Session:
         if sequence not in self._lengths:
             raise UsageError(f"The session has no sequence {sequence}; open one with add().")
         return self._lengths[sequence]
+
+    def rewind(self, sequence: int, length: int) -> None:
+        """Forget the last tokens of a sequence, so that `length` of them stay.
+
+        Raises
+        ------
+        UsageError
+            There is no such sequence, or it has fewer tokens.
+
+        """
+        have = self.length(sequence)
+        if not 0 <= length <= have:
+            raise UsageError(f"Sequence {sequence} has {have} tokens; {length} cannot stay.")
+        self._on_thread(self._machine.pop, sequence, have - length)
+        self._lengths[sequence] = length
 
     def prefill(self, sequence: int, tokens: Sequence[int] | np.ndarray) -> np.ndarray:
         """Append tokens to a sequence, in chunks, and return the last one's logits.
@@ -263,12 +188,19 @@ class Session:
         for chunk, last in self._chunks(sequence, tokens):
             if last:
                 rows = np.array([len(chunk) - 1], np.int32)
-                yield self._pass([sequence], chunk, self._forward, rows)[0]
+                code = self._code("forward", sequence)
+                yield self._pass([sequence], chunk, partial(self._machine.compute, code, rows))[0]
             else:
-                self._pass([sequence], chunk, self._hidden)
+                code = self._code("hidden_states", sequence)
+                self._pass([sequence], chunk, partial(self._machine.compute, code, None))
                 yield None
 
-    def decode(self, sequences: Sequence[int], tokens: Sequence[int] | np.ndarray) -> np.ndarray:
+    def decode(
+        self,
+        sequences: Sequence[int],
+        tokens: Sequence[int] | np.ndarray,
+        draws: np.ndarray | None = None,
+    ) -> np.ndarray:
         """Append one token to each of several sequences.
 
         Parameters
@@ -277,11 +209,15 @@ class Session:
             Different ones, at most `max_batch`.
         tokens : sequence of int [b]
             The token of each.
+        draws : ndarray, optional
+            float32 [b, 5], from `Sampler.draw`, for the next tokens to be chosen on the GPU; only
+            where `can_choose`.
 
         Returns
         -------
         ndarray
-            float32 [b, V], memory of TVM's, not copied.
+            float32 [b, V], memory of TVM's, not copied. With `draws` the next tokens, int32 [b]:
+            -1 where the logits are no finite numbers.
 
         Raises
         ------
@@ -299,16 +235,36 @@ class Session:
             raise UsageError("A sequence is named twice; decode takes one token for each.")
         for sequence in sequences:
             self._require_room(self.length(sequence) + 1)
-        rows = np.arange(len(sequences), dtype=np.int32)
-        return self._pass(sequences, ids, self._forward, rows)
+        if self._chosen:
+            groups = together([self._chosen.get(sequence) for sequence in sequences])
+            if len(groups) > 1:
+                logits = np.empty((len(ids), self.vocab_size), np.float32)
+                for group in groups:
+                    logits[group] = self.decode([sequences[i] for i in group], ids[group])
+                return logits
+        if self._machine.graphs is None or sequences[0] in self._chosen:
+            rows = np.arange(len(sequences), dtype=np.int32)
+            code = self._code("forward", sequences[0])
+            return self._pass(sequences, ids, partial(self._machine.compute, code, rows))
+        lengths = [self._lengths[sequence] + 1 for sequence in sequences]
+        play = partial(self._machine.play, lengths, self._parameters, draws)
+        return self._pass(sequences, ids, play)
 
-    def score(self, tokens: Sequence[int] | np.ndarray) -> Iterator[np.ndarray]:
+    def can_choose(self, sequences: Sequence[int]) -> bool:
+        """Tell whether `decode` can choose the next tokens: a GPU's can, without adapters."""
+        return self._machine.graphs is not None and not any(s in self._chosen for s in sequences)
+
+    def score(
+        self, tokens: Sequence[int] | np.ndarray, adapter: str | None = None
+    ) -> Iterator[np.ndarray]:
         """Yield the logits that follow each token of a text, in order.
 
         Parameters
         ----------
         tokens : sequence of int [n]
             One text, at most `context_length` tokens.
+        adapter : str, optional
+            As for `add`.
 
         Yields
         ------
@@ -317,18 +273,17 @@ class Session:
             token i.
 
         """
-        sequence = self.add()
+        sequence = self.add(adapter)
         try:
+            code = self._code("hidden_states", sequence)
             for chunk, _ in self._chunks(sequence, tokens):
-                hidden = self._pass([sequence], chunk, self._hidden)
+                hidden = self._pass([sequence], chunk, partial(self._machine.compute, code, None))
                 for start in range(0, len(hidden), SCORE_ROWS):
-                    yield self._on_thread(self._score, hidden[start : start + SCORE_ROWS])
+                    rows = hidden[start : start + SCORE_ROWS]
+                    logits = self._code("logits", sequence)
+                    yield self._on_thread(self._machine.score, logits, rows)
         finally:
             self.remove(sequence)
-
-    def _score(self, hidden: np.ndarray) -> np.ndarray:
-        rows = self._device.upload(_tensor(hidden))
-        return self._device.download(self._logits(rows, self._parameters))
 
     def run(self, function: Callable[..., T], *args: Any) -> T:
         """Call a function on the session's thread, where its passes run.
@@ -379,7 +334,7 @@ class Session:
 
         TVM cannot take an instrument away again: open a session for it.
         """
-        self._on_thread(lambda: self._vm["set_instrument"](tvm_ffi.convert(instrument)))
+        self._on_thread(self._machine.set_instrument, instrument)
 
     @property
     def parameter_addresses(self) -> dict[str, int]:
@@ -395,13 +350,10 @@ class Session:
     def close(self) -> None:
         """Free the cache and its share in the threads; a closed session cannot be used again."""
         if not self._closed:
-            self._on_thread(self._free)
+            self._lengths.clear()
+            self._on_thread(self._machine.free)
             self._closed = True
             self._workers.release()
-
-    def _free(self) -> None:
-        self._lengths.clear()
-        self._kv = self._vm = self._forward = self._hidden = self._logits = None
 
     def _on_thread(self, function: Callable[..., T], *args: Any) -> T:
         if self._closed:
@@ -419,41 +371,21 @@ class Session:
         self,
         sequences: Sequence[int],
         tokens: np.ndarray,
-        function: Callable[..., Any],
-        *rows: np.ndarray,
+        compute: Callable[[np.ndarray], np.ndarray],
     ) -> np.ndarray:
         """Run one forward pass, the cache's begin and end included, whole on the thread."""
         each = len(tokens) // len(sequences)
-        result: np.ndarray = self._on_thread(
-            self._run, tuple(sequences), each, tokens, function, rows
-        )
+        result = self._on_thread(self._machine.run, tuple(sequences), each, tokens, compute)
         for sequence in sequences:
             self._lengths[sequence] += each
         return result
 
-    def _run(
-        self,
-        sequences: tuple[int, ...],
-        each: int,
-        tokens: np.ndarray,
-        function: Callable[..., Any],
-        rows: tuple[np.ndarray, ...],
-    ) -> np.ndarray:
-        lengths = tvm_ffi.Shape((each,) * len(sequences))
-        self._begin(self._kv, tvm_ffi.Shape(sequences), lengths)
-        try:
-            upload = self._device.upload
-            arguments = [upload(_tensor(_aligned(array))) for array in (tokens, *rows)]
-            return self._device.download(function(*arguments, self._kv, self._parameters))
-        except Exception as error:
-            if self._device.is_cpu or not out_of_memory(error):
-                raise
-            raise UsageError(
-                f"GPU {self._device.index} is out of memory in the middle of a pass; ask for a "
-                "smaller context or batch, or end what else runs on it."
-            ) from None
-        finally:
-            self._end(self._kv)
+    def _code(self, name: str, sequence: int) -> Code:
+        """Return a compiled function for a sequence."""
+        adapter = self._chosen.get(sequence)
+        if adapter is None:
+            return Code(name, self._parameters)
+        return Code(PREFIX + name, self.adapters.parameters(adapter))
 
     def _chunks(
         self, sequence: int, tokens: Sequence[int] | np.ndarray
@@ -484,15 +416,3 @@ def _limit(name: str, asked: int | None, most: int) -> int:
             "choose one of those or compile the model again."
         )
     return asked
-
-
-def _tensor(array: np.ndarray) -> Any:
-    return tvm_ffi.from_dlpack(array)
-
-
-def _aligned(ids: np.ndarray) -> np.ndarray:
-    """Copy int32 [n] to where TVM's code takes arguments to be; numpy only promises 16 bytes."""
-    buffer = np.empty(len(ids) + params.ALIGNMENT // 4, np.int32)
-    start = -buffer.ctypes.data % params.ALIGNMENT // 4
-    buffer[start : start + len(ids)] = ids
-    return buffer[start : start + len(ids)]

@@ -24,3 +24,9 @@ class UsageError(GqsaError):
 
 class ArtefactError(GqsaError):
     """A compiled artefact is damaged, of another format version, or for another machine."""
+
+
+def last_line(error: BaseException) -> str:
+    """Return the last line of an error of TVM's, which may put a trace before it."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[-1].rstrip(".")[:200] if lines else type(error).__name__

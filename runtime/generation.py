@@ -5,13 +5,16 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
-from typing import Any, Literal, TypedDict
+from typing import TYPE_CHECKING, Any, Literal, TypedDict
 
 import numpy as np
 
 from gqsa_compiler.runtime.errors import UsageError
 from gqsa_compiler.runtime.sampling import Sampler, SamplingOptions
 from gqsa_compiler.runtime.tokens import StopStrings, TextDecoder
+
+if TYPE_CHECKING:
+    from gqsa_compiler.runtime.engine import Session
 
 FinishReason = Literal["eos", "stop", "length"]
 
@@ -24,7 +27,8 @@ class Options(TypedDict, total=False):
 
     ``max_tokens`` (256 unless given), ``temperature``, ``top_k``, ``top_p``, ``min_p``,
     ``repetition_penalty`` and ``seed`` (see `SamplingOptions`), ``stop`` (a string or several: the
-    text ends before the first of them), ``ignore_eos`` (go on after an end-of-text token).
+    text ends before the first of them), ``ignore_eos`` (go on after an end-of-text token),
+    ``adapter`` (one of the artefact's; None is the model alone).
     """
 
     max_tokens: int
@@ -36,11 +40,12 @@ class Options(TypedDict, total=False):
     seed: int | None
     stop: str | Sequence[str]
     ignore_eos: bool
+    adapter: str | None
 
 
 @dataclass(frozen=True)
 class Timings:
-    """How long a request took: counts of tokens, and seconds."""
+    """How long a request took: tokens that were computed, and seconds."""
 
     prompt_tokens: int
     generated_tokens: int
@@ -81,6 +86,8 @@ class Generation:
         Tokens of the prompt.
     timings : Timings
         How long it took.
+    cached_tokens : int
+        Tokens of the prompt that were in the cache (`Conversation`).
 
     """
 
@@ -89,6 +96,20 @@ class Generation:
     finish_reason: FinishReason
     prompt_tokens: int
     timings: Timings
+    cached_tokens: int = 0
+
+
+def advance(session: Session, requests: Sequence[Request]) -> np.ndarray:
+    """Decode the last token of each request; return what each is to `accept`, one after another.
+
+    That is a row of logits, or where a GPU can choose for all of them a token each.
+    """
+    sequences = [request.sequence for request in requests]
+    tokens = [request.token_ids[-1] for request in requests]
+    samplers = [request.sampler for request in requests]
+    if session.can_choose(sequences) and all(s.draws_on_device for s in samplers):
+        return session.decode(sequences, tokens, np.stack([s.draw() for s in samplers]))
+    return session.decode(sequences, tokens)
 
 
 class Request:
@@ -127,21 +148,31 @@ class Request:
         self.token_ids: list[int] = []
         self.finish_reason: FinishReason | None = None
         self.sequence = -1
+        self.adapter = options.get("adapter")
+        self.cached_tokens = 0
         self._room = min(most, room)
         self._eos = frozenset[int]() if options.get("ignore_eos") else eos
-        self._sampler = Sampler(sampling_options(options, defaults), vocab_size, self.prompt)
+        self.sampler = Sampler(sampling_options(options, defaults), vocab_size, self.prompt)
         context = self.prompt[-_CONTEXT_TOKENS:] if continues else []
         self._decoder, self._stops = TextDecoder(tokenizer, context), StopStrings(stops)
         self._text: list[str] = []
         self._started = self._first = self._ended = 0.0
+
+    @property
+    def all_tokens(self) -> list[int]:
+        """The prompt's and the answer's so far; the last one may not be in the cache yet."""
+        return self.prompt + self.token_ids
 
     def start(self) -> None:
         """Note that its prefill begins now."""
         self._started = time.perf_counter()
 
     def accept(self, logits: np.ndarray) -> str:
-        """Choose the next token from float32 logits [V]; return the text that it releases."""
-        token = self._sampler(logits)
+        """Choose the next token from float32 logits [V]; return the text that it releases.
+
+        Or take the token, a number, that was chosen on a GPU.
+        """
+        token = self.sampler(logits) if logits.ndim else self.sampler.take(int(logits))
         self._ended = time.perf_counter()
         self._first = self._first or self._ended
         if token in self._eos:
@@ -162,7 +193,7 @@ class Request:
         """Return the finished answer."""
         assert self.finish_reason is not None
         timings = Timings(
-            len(self.prompt),
+            len(self.prompt) - self.cached_tokens,
             len(self.token_ids),
             self._first - self._started,
             self._ended - self._first,
@@ -173,6 +204,7 @@ class Request:
             self.finish_reason,
             len(self.prompt),
             timings,
+            self.cached_tokens,
         )
 
 

@@ -18,6 +18,8 @@ CPU, CUDA = 1, 2
 """DLPack's numbers of the device types."""
 LEAST_DRIVER = (13, 0)
 """The release of CUDA that TVM's runtime was built with: the driver must know it."""
+_BUILT_FOR = ((8, 0), (8, 6), (8, 9), (9, 0))
+"""What machine code can be compiled for (`gqsa_compiler.targets.SHARED_BYTES`), ascending."""
 _LIBRARY = "libcuda.so.1"
 _MAJOR, _MINOR = 75, 76  # CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_*
 _CODE = re.compile(r"(sm|compute)_(\d+)(\d)")
@@ -136,10 +138,15 @@ def check_gpu(name: str, code: Sequence[str], driver: Driver, device: int = 0) -
     capability = driver.capability(device)
     if not any(_runs(item, capability) for item in code):
         major, minor = capability
+        if capability in _BUILT_FOR:
+            remedy = f"compile it again with --target cuda:sm_{major}{minor}"
+        elif capability > _BUILT_FOR[0]:
+            remedy = "compile it again with --target cuda, whose PTX its driver translates"
+        else:
+            remedy = "the kernels need 8.0 or later; compile for this machine's CPU (--target cpu)"
         raise ArtefactError(
             f"This artefact was compiled for {name} ({', '.join(code)}) and the GPU here, "
-            f"{driver.name(device)}, has compute capability {major}.{minor}; compile it again "
-            f"with --target cuda:sm_{major}{minor}."
+            f"{driver.name(device)}, has compute capability {major}.{minor}; {remedy}."
         )
 
 

@@ -7,6 +7,7 @@ reads them and believes nothing that does not fit: untrusted input ends in an `A
 from __future__ import annotations
 
 import json
+import math
 import types
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
 
 FORMAT = "gqsa-artefact"
 FORMAT_VERSION = 2
+ADAPTERS_VERSION = 3
+"""Of a manifest with adapters; one without stays what it was."""
 MODULE_FORMAT = "gqsa-module"
 """What `format` says in the manifest of a compiled module (`module_manifest.py`)."""
 MANIFEST_FILE = "manifest.json"
@@ -147,6 +150,19 @@ class Kernel:
     fallback: bool
 
 
+@dataclass(frozen=True)
+class Adapter:
+    """An adapter that can be chosen.
+
+    `rank` is its largest; `parameters` names the tensors that the functions ``with_adapter_...``
+    take after the model's own, in order: those of all adapters have the same shapes.
+    """
+
+    name: str
+    rank: int
+    parameters: tuple[str, ...]
+
+
 class Document(ABC):
     """A manifest as a file: that of a language model or of a module."""
 
@@ -179,7 +195,7 @@ class Document(ABC):
 
 @dataclass(frozen=True)
 class Manifest(Document):
-    """The whole of `manifest.json`, format version 2.
+    """The whole of `manifest.json`, format version 2, or 3 with adapters.
 
     `variants` are in order of preference, the most capable machine's first.
     """
@@ -194,6 +210,7 @@ class Manifest(Document):
     parameters: tuple[Parameter, ...]
     kernels: tuple[Kernel, ...]
     bytes_per_token: int
+    adapters: tuple[Adapter, ...] = ()
 
     @classmethod
     def from_dict(cls, data: Any, where: str = MANIFEST_FILE) -> Manifest:
@@ -213,25 +230,43 @@ class Manifest(Document):
         if not isinstance(data, Mapping) or data.get("format") != FORMAT:
             raise ArtefactError(f"{where} is not the manifest of a GQSA artefact.")
         version = data.get("format_version")
-        if version not in (1, FORMAT_VERSION) or type(version) is not int:
+        if version not in (1, FORMAT_VERSION, ADAPTERS_VERSION) or type(version) is not int:
             raise ArtefactError(
                 f"{where} has artefact format version {version!r} and this runtime reads versions "
-                f"1 and {FORMAT_VERSION}; compile the model again with this release of gqsa."
+                f"1 to {ADAPTERS_VERSION}; compile the model again with this release of gqsa."
             )
         body = {k: v for k, v in data.items() if k not in ("format", "format_version")}
         if version == 1 and "variants" not in body:
             # Version 1 had the keys of the one variant at the top.
             body["variants"] = [{k: body.pop(k) for k in ("target", "library") if k in body}]
+        if ("adapters" in body) != (version == ADAPTERS_VERSION):
+            raise ArtefactError(
+                f"{where}: format version {ADAPTERS_VERSION} has adapters, and no other has."
+            )
         manifest: Manifest = decode(cls, body, where)
         manifest._check(where)
         return manifest
 
     def to_dict(self) -> dict[str, Any]:
         """Return the JSON document: plain dictionaries, lists, strings and numbers."""
-        return {"format": FORMAT, "format_version": FORMAT_VERSION, **plain(asdict(self))}
+        fields = plain(asdict(self))
+        if not self.adapters:
+            del fields["adapters"]
+        version = ADAPTERS_VERSION if self.adapters else FORMAT_VERSION
+        return {"format": FORMAT, "format_version": version, **fields}
+
+    def adapter_bytes(self, name: str | None) -> int:
+        """Sum the bytes of an adapter's tensors; None is none."""
+        own = {p for adapter in self.adapters if adapter.name == name for p in adapter.parameters}
+        return sum(
+            math.prod(p.shape) * int(p.dtype.removeprefix("float")) // 8
+            for p in self.parameters
+            if p.name in own
+        )
 
     def _check(self, where: str) -> None:
         check_files(self.variants, self.parameters_file, self.parameters, where)
+        check_adapters(self.adapters, self.parameters, where)
         model, cache = self.model, self.kv_cache
         # Beyond any model, and small enough for what TVM computes of them in 32 and 64 bits.
         bounded = {
@@ -321,6 +356,38 @@ def check_files(
             raise ArtefactError(f"{where} names the file {name!r}, which is not a plain name.")
     if len({p.name for p in parameters}) != len(parameters):
         raise ArtefactError(f"{where} lists a parameter twice.")
+
+
+def check_adapters(
+    adapters: Sequence[Adapter], parameters: Sequence[Parameter], where: str
+) -> None:
+    """Check that adapters fill the same places with tensors of their own.
+
+    Compiled code reads them as the first adapter's shapes say.
+
+    Raises
+    ------
+    ArtefactError
+        They do not.
+
+    """
+    names = [name for adapter in adapters for name in adapter.parameters]
+    last = [p.name for p in parameters[len(parameters) - len(names) :]]
+    if len({a.name for a in adapters}) != len(adapters) or names != last:
+        raise ArtefactError(
+            f"{where}: the adapters' parameters are not the last ones, each adapter's in turn; "
+            "compile the model again."
+        )
+    kinds = {p.name: (p.dtype, p.shape) for p in parameters}
+    for adapter in adapters:
+        first = [kinds[name] for name in adapters[0].parameters]
+        if any(dtype not in ("float16", "float32") for dtype, _ in first):
+            raise ArtefactError(f"{where}: an adapter's tensors are float16 or float32, no others.")
+        if not first or [kinds[name] for name in adapter.parameters] != first:
+            raise ArtefactError(
+                f"{where}: the adapter {adapter.name!r} has tensors of other shapes than "
+                f"{adapters[0].name!r}; compile the model again."
+            )
 
 
 def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

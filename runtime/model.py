@@ -3,31 +3,29 @@
 from __future__ import annotations
 
 import json
-import time
 from collections import deque
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from gqsa_compiler.runtime.adapters import Adapters
 from gqsa_compiler.runtime.chat import ChatTemplate, load_template, special_tokens
+from gqsa_compiler.runtime.conversation import Conversation
 from gqsa_compiler.runtime.devices import Device, MemorySum
-from gqsa_compiler.runtime.engine import Program, Session
+from gqsa_compiler.runtime.engine import Session
 from gqsa_compiler.runtime.errors import ArtefactError, UsageError
-from gqsa_compiler.runtime.generation import Generation, Options, Request
+from gqsa_compiler.runtime.generation import Generation, Options, Request, advance
 from gqsa_compiler.runtime.generation_config import GENERATION_CONFIG, check_generation_config
 from gqsa_compiler.runtime.manifest import Manifest
+from gqsa_compiler.runtime.program import Program
+from gqsa_compiler.runtime.stream import TextStream, in_slices
 from gqsa_compiler.runtime.tokens import load_tokenizer
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
-
-T = TypeVar("T")
-
-_SLICE = 0.02
-"""Seconds that a stream has the session's thread for: a reader does not see such delays."""
 
 
 def load(
@@ -38,6 +36,7 @@ def load(
     context_length: int | None = None,
     max_batch: int | None = None,
     variant: str | None = None,
+    adapter: str | None = None,
 ) -> Model:
     """Load a compiled artefact.
 
@@ -54,13 +53,15 @@ def load(
     variant : str, optional
         Target name of the code to run, where the artefact has code for several; the best that
         this machine can run unless given.
+    adapter : str, optional
+        The adapter of every request that names none; the model alone unless given.
 
     Raises
     ------
     ArtefactError
         The artefact is damaged, of another format version, or for another machine.
     UsageError
-        A limit is out of range, or there is no such variant.
+        A limit is out of range, or there is no such variant or adapter.
 
     """
     path = Path(directory)
@@ -70,6 +71,7 @@ def load(
         threads=threads,
         context_length=context_length,
         max_batch=max_batch,
+        adapter=adapter,
     )
 
 
@@ -88,7 +90,10 @@ class Model:
         threads: int | None = None,
         context_length: int | None = None,
         max_batch: int | None = None,
+        adapter: str | None = None,
     ) -> None:
+        Adapters(program.manifest, program.parameters).check(adapter)
+        self.adapter = adapter
         self.manifest = program.manifest
         self.tokenizer = load_tokenizer(directory)
         tokenizer_config = _read_json(directory / "tokenizer_config.json")
@@ -99,7 +104,7 @@ class Model:
         added = self.tokenizer.get_added_tokens_decoder().values()
         self._special = frozenset(token.content for token in added if token.special)
         self._program = program
-        self._session = program.session(
+        self._session = self.session(
             threads=threads, context_length=context_length, max_batch=max_batch
         )
 
@@ -112,7 +117,7 @@ class Model:
             Text, or token ids as they are.
         **options
             See `Options`: ``max_tokens``, ``temperature``, ``top_k``, ``top_p``, ``min_p``,
-            ``repetition_penalty``, ``seed``, ``stop``, ``ignore_eos``.
+            ``repetition_penalty``, ``seed``, ``stop``, ``ignore_eos``, ``adapter``.
 
         Raises
         ------
@@ -130,7 +135,7 @@ class Model:
         Every prompt gets the same options, the seed too: each answer is what `generate` gives.
         """
         requests = [self._request(prompt, options) for prompt in prompts]
-        for _ in self._run(requests):
+        for _ in in_slices(self._session, self._steps(requests)):
             pass
         return [request.result() for request in requests]
 
@@ -163,7 +168,11 @@ class Model:
         self, messages: Sequence[Mapping[str, Any]], **options: Unpack[Options]
     ) -> TextStream:
         """Answer a conversation, giving the text in pieces as it comes."""
-        return self._stream(self._request(self.tokenize_chat(messages), options))
+        return self._stream(self._chat_request(messages, options))
+
+    def conversation(self) -> Conversation:
+        """Begin a conversation whose tokens stay in the cache between its answers."""
+        return Conversation(self._session, self._chat_request)
 
     def render_chat(self, messages: Sequence[Mapping[str, Any]], **variables: Any) -> str:
         """Write a conversation as the prompt that the model's own template makes of it."""
@@ -212,7 +221,7 @@ class Model:
 
     def score(self, token_ids: Sequence[int] | np.ndarray) -> Iterator[np.ndarray]:
         """Yield the logits that follow each token: float32 [r, V] blocks, together [n, V]."""
-        return self._session.score(token_ids)
+        return self._session.score(token_ids, self.adapter)
 
     def session(
         self,
@@ -222,9 +231,14 @@ class Model:
         max_batch: int | None = None,
     ) -> Session:
         """Open a session of one's own: the passes and the cache, without text and sampling."""
-        return self._program.session(
-            threads=threads, context_length=context_length, max_batch=max_batch
+        return Session(
+            self._program, threads=threads, context_length=context_length, max_batch=max_batch
         )
+
+    @property
+    def adapters(self) -> tuple[str, ...]:
+        """Names of the adapters that a request can choose."""
+        return self._session.adapters.names
 
     @property
     def variant(self) -> str:
@@ -275,6 +289,8 @@ class Model:
         return self.chat_template
 
     def _request(self, prompt: str | Sequence[int], options: Options) -> Request:
+        options = {"adapter": self.adapter, **options}
+        self._session.adapters.check(options["adapter"])
         text = isinstance(prompt, str)
         ids = self.tokenize(prompt) if isinstance(prompt, str) else prompt
         return Request(
@@ -288,24 +304,11 @@ class Model:
             continues=text,
         )
 
-    def _stream(self, request: Request) -> TextStream:
-        return TextStream(request, (text for _, text in self._run([request]) if text))
+    def _chat_request(self, messages: Sequence[Mapping[str, Any]], options: Options) -> Request:
+        return self._request(self.tokenize_chat(messages), options)
 
-    def _run(self, requests: Sequence[Request]) -> Iterator[tuple[Request, str]]:
-        """Run `_steps` on the session's thread, for a while at a time."""
-        steps = self._steps(requests)
-        session = self._session
-        try:
-            while True:
-                pieces, failure = session.run(_for_a_while, steps)
-                yield from pieces
-                if failure is not None:
-                    raise failure
-                if not pieces:
-                    return
-        finally:
-            # Not now: a finaliser may have come here, and a step may be under way after Ctrl-C.
-            session.later(steps.close)
+    def _stream(self, request: Request) -> TextStream:
+        return TextStream(request, in_slices(self._session, self._steps([request])))
 
     def _steps(self, requests: Sequence[Request]) -> Generator[tuple[Request, str], None, None]:
         """Advance requests together, starting a waiting one wherever one has finished."""
@@ -316,15 +319,13 @@ class Model:
                 while waiting and len(running) < session.max_batch:
                     request = waiting.popleft()
                     request.start()
-                    request.sequence = session.add()
+                    request.sequence = session.add(request.adapter)
                     running.append(request)
                     for logits in session.prefill_chunks(request.sequence, request.prompt):
                         yield request, "" if logits is None else request.accept(logits)
                     running = self._retire(running)
                 if running:
-                    tokens = [request.token_ids[-1] for request in running]
-                    batch = session.decode([request.sequence for request in running], tokens)
-                    for request, logits in zip(running, batch, strict=True):
+                    for request, logits in zip(running, advance(session, running), strict=True):
                         yield request, request.accept(logits)
                     running = self._retire(running)
         finally:
@@ -347,52 +348,6 @@ class Model:
             None if token is None else self.tokenizer.token_to_id(token),
         ]
         return frozenset(i for i in candidates if isinstance(i, int))
-
-
-def _for_a_while(steps: Iterator[T]) -> tuple[list[T], Exception | None]:
-    """Take steps until `_SLICE` is over; one at least, none if there are no more.
-
-    A step is a token of all sequences, or a chunk of a prompt.
-    """
-    pieces: list[T] = []
-    end = time.monotonic() + _SLICE
-    try:
-        for piece in steps:
-            pieces.append(piece)
-            if time.monotonic() >= end:
-                break
-    except Exception as error:  # after what came before it
-        return pieces, error
-    return pieces, None
-
-
-class TextStream(Iterator[str]):
-    """Pieces of text as they come; the whole `result` when they have all come."""
-
-    def __init__(self, request: Request, pieces: Iterator[str]) -> None:
-        self._request = request
-        self._pieces = pieces
-        self._ended = False
-
-    def __next__(self) -> str:
-        for piece in self._pieces:
-            return piece
-        self._ended = True
-        raise StopIteration
-
-    @property
-    def result(self) -> Generation:
-        """The finished answer.
-
-        Raises
-        ------
-        UsageError
-            The stream has not been read to its end.
-
-        """
-        if not self._ended:
-            raise UsageError("The stream has not ended; read all its pieces before its result.")
-        return self._request.result()
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -10,9 +10,9 @@ import numpy as np
 
 from gqsa_compiler.runtime import cpus, params
 from gqsa_compiler.runtime._ffi import tvm_ffi
-from gqsa_compiler.runtime.engine import Program
 from gqsa_compiler.runtime.errors import ArtefactError, UsageError
 from gqsa_compiler.runtime.module_manifest import ModuleManifest, ModuleTensor
+from gqsa_compiler.runtime.program import Program
 from gqsa_compiler.runtime.workers import Workers
 
 FUNCTION = "main"

@@ -11,6 +11,11 @@ import numpy as np
 
 from gqsa_compiler.runtime.errors import ArtefactError, UsageError
 
+_SHARPEST = 1e30
+"""1 / temperature at most: every other token is then as good as impossible. At least its inverse:
+all tokens are then equal, and 0 would be the likeliest one."""
+_BELOW_1 = 1 - 2.0**-24  # the largest float32 below 1
+
 
 @dataclass(frozen=True)
 class SamplingOptions:
@@ -98,6 +103,31 @@ class Sampler:
             ids, weights = distribution(logits, o)
             sums = np.cumsum(weights)
             token = int(ids[np.searchsorted(sums, self._random.random() * sums[-1], side="right")])
+        return self.take(token)
+
+    @property
+    def draws_on_device(self) -> bool:
+        """Whether a device can choose: it does not know which tokens were seen."""
+        return self._options.repetition_penalty == 1
+
+    def draw(self) -> np.ndarray:
+        """Return what a device chooses the next token by, float32 [5]; then call `take`.
+
+        They are 1 / temperature (0: the likeliest token), top-k (0: all), top-p, min-p and a
+        number from [0, 1).
+        """
+        o = self._options
+        sharpness = 0.0
+        if o.temperature > 0:
+            sharpness = min(max(1 / o.temperature, 1 / _SHARPEST), _SHARPEST)
+        drawn = 0.0 if o.temperature == 0 else min(self._random.random(), _BELOW_1)
+        top_k = min(o.top_k, self._seen.size)
+        return np.array([sharpness, top_k, o.top_p, o.min_p, drawn], np.float32)
+
+    def take(self, token: int) -> int:
+        """Note a token that was chosen; -1 says that the logits were no finite numbers."""
+        if token < 0:
+            raise _not_numbers()
         self._seen[token] = True
         return token
 

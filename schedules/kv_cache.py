@@ -45,7 +45,7 @@ CacheDtype = Literal["float16", "float32"]
 DTYPES: tuple[CacheDtype, ...] = get_args(CacheDtype)
 
 CREATE = "create_kv_cache"
-_ATTENTION = "vm.builtin.attention_kv_cache_attention_with_fused_qkv"
+ATTENTION = "vm.builtin.attention_kv_cache_attention_with_fused_qkv"
 _MHA = 0  # AttnKind::kMHA of TVM's runtime
 _ROPE_NONE = 0  # RoPEMode::kNone
 
@@ -117,7 +117,7 @@ class _MarkSliding(PyExprMutator):
         if not (
             call.op == tvm.ir.Op.get("relax.call_dps_packed")
             and isinstance(call.args[0], relax.ExternFunc)
-            and call.args[0].global_symbol == _ATTENTION
+            and call.args[0].global_symbol == ATTENTION
         ):
             return call
         cache, layer, scale, qkv = call.args[1].fields

@@ -7,8 +7,9 @@ from typing import Any
 
 from gqsa_compiler.errors import CompileError, UsageError
 from gqsa_compiler.schedules.arm.bsr import ArmBsrInt2, ArmBsrInt4, ArmBsrInt8
-from gqsa_compiler.schedules.cuda.bsr import CudaBsrInt4
-from gqsa_compiler.schedules.cuda.bsr_int8 import CudaBsrInt8
+from gqsa_compiler.schedules.arm.narrow_bsr import ArmNarrowInt4, multiplies_bytes
+from gqsa_compiler.schedules.arm.narrow_dense_rule import ArmNarrowDense4, ArmNarrowDense8
+from gqsa_compiler.schedules.cuda.bsr import CudaBsrInt2, CudaBsrInt4, CudaBsrInt8
 from gqsa_compiler.schedules.cuda.dense import CudaDense
 from gqsa_compiler.schedules.generic.bsr import GenericBsrInt2, GenericBsrInt4, GenericBsrInt8
 from gqsa_compiler.schedules.generic.dense import GenericDense
@@ -24,12 +25,13 @@ def rules_for(target: TargetSpec) -> tuple[ScheduleRule[Any], ...]:
     On a CPU the generic ones are last and always apply; a GPU has none such.
     """
     if target.kind == "cuda":
-        return (CudaBsrInt4(), CudaBsrInt8(), CudaDense())
+        return (CudaBsrInt2(), CudaBsrInt4(), CudaBsrInt8(), CudaDense())
     rules: tuple[ScheduleRule[Any], ...] = ()
     if _x86(target):
         rules = (X86BsrInt2(), X86BsrInt4(), X86BsrInt8())
     elif target.arch == "aarch64":
-        rules = (ArmBsrInt2(), ArmBsrInt4(), ArmBsrInt8())
+        narrow = (ArmNarrowDense4(), ArmNarrowDense8(), ArmNarrowInt4())
+        rules = (*narrow, ArmBsrInt2(), ArmBsrInt4(), ArmBsrInt8())
     return (*rules, GenericBsrInt2(), GenericBsrInt4(), GenericBsrInt8(), GenericDense())
 
 
@@ -77,10 +79,17 @@ def check_shared_weights(dtype: ActivationDtype, targets: Sequence[TargetSpec]) 
     Raises
     ------
     UsageError
-        It cannot: the generic kernels' layouts depend on the vector width.
+        It cannot: the generic kernels' layouts depend on the vector width, and not all aarch64
+        targets have the kernels of bytes.
     """
     first = targets[0]
     for other in targets[1:]:
+        if dtype == "int8" and multiplies_bytes(other) != multiplies_bytes(first):
+            raise UsageError(
+                f"With int8 activations the weights are packed differently for {first.name} and "
+                f"{other.name}, of which one has no dot products; compile an artefact for each, or "
+                "choose int16."
+            )
         if dtype != "int16" and other.vector_bits != first.vector_bits:
             raise UsageError(
                 f"With {dtype} activations the weights are packed differently for {first.name} "

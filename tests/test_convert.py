@@ -82,6 +82,8 @@ def test_gptq(llama: Path, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="exists; choose another name"):
         convert_model(str(tmp_path / "q"), tmp_path / "ckpt")
     convert_model(str(tmp_path / "q"), tmp_path / "ckpt", overwrite=True)
+    with pytest.raises(UsageError, match=r"ckpt lies inside the input .*q; choose a directory out"):
+        convert_model(str(tmp_path / "q"), tmp_path / "q" / "ckpt")
 
 
 def test_a_layer_that_does_not_fit(llama: Path, tmp_path: Path) -> None:

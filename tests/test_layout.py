@@ -35,6 +35,7 @@ _VERBS = _FRONTENDS | {
     "bench",
     "profile",
     "inspect",
+    "lora",
     "native",
     "remote",
     "runtime",
@@ -45,7 +46,8 @@ MAY_IMPORT = {
     "runtime": set(),
     "errors": {"runtime"},
     "arm_cores": set(),
-    "targets": {"arm_cores", "errors", "runtime"},
+    "gpu_names": set(),
+    "targets": {"arm_cores", "errors", "gpu_names", "runtime"},
     "_tvm": {"errors"},
     "_callable": set(),
     "_child": {"errors"},
@@ -68,11 +70,12 @@ MAY_IMPORT = {
     "remote": {"_tvm", "errors", "runtime"},
     "compress": _FRONTENDS | {"bandwidth", "modules"},
     "modules": _FRONTENDS | {"artefact", "bundle", "compress", "export", "report", "runtime"},
+    "lora": _FRONTENDS | {"artefact", "compile_options", "runtime"},
     "compile_options": _SCHEDULES,
     "model_weights": _FRONTENDS,
     "compile": _FRONTENDS
-    | {"artefact", "bundle", "compile_options", "compress", "head", "model_weights", "modules"}
-    | {"report", "runtime", "tuning"},
+    | {"artefact", "bundle", "compile_options", "compress", "head", "lora", "model_weights"}
+    | {"modules", "report", "runtime", "tuning"},
     "tuning": _PASSES | {"_child", "compress", "native", "runtime", "toolchain"},
     "tune": _PASSES | {"bandwidth", "compile", "compile_options", "runtime", "tuning"},
     "evaluate": _FRONTENDS | {"runtime"},

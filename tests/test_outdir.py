@@ -249,12 +249,15 @@ def test_what_the_output_is_made_from_is_protected(tmp_path: Path) -> None:
         (parent, inner / "stale", "contains"),
         (parent, tmp_path / "weights", "contains"),
         (tmp_path, model, "contains"),
+        (model / "new" / "out", model, "lies inside"),
+        (tmp_path / "link" / "out", model, "lies inside"),
+        (inner, parent, "lies inside"),
     ):
         for overwrite in (True, False):
-            with pytest.raises(UsageError, match=rf"output .* {verb} the input .*; choose another"):
+            with pytest.raises(UsageError, match=rf"output .* {verb} the input .*; choose a"):
                 check_output(output, overwrite, protect=("smollm2-135m", given))
     check_output(model, True, protect=("smollm2-135m", inner))
-    check_output(model / "compiled", protect=(model,))  # inside the model nothing is lost
+    check_output(parent / "out", protect=(inner / "stale", parent / "out"))  # beside a file
 
 
 @pytest.mark.parametrize("overwrite", [True, False])

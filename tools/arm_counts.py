@@ -20,6 +20,7 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 from arm_kernels import (
@@ -28,12 +29,14 @@ from arm_kernels import (
     emulate,
     inner_loop,
     link,
+    loop_of,
     missing_tool,
     write_arguments,
 )
 
 from gqsa_compiler.arm_cores import ARM_CORES
 from gqsa_compiler.checkpoint import BSRLayer, pack_codes
+from gqsa_compiler.schedules.arm.narrow_sparse_pack import TOGETHER
 from gqsa_compiler.schedules.spec import LinearSpec
 from gqsa_compiler.schedules.table import select
 from gqsa_compiler.targets import parse_target
@@ -56,6 +59,8 @@ class Case:
     group_size, bits : int
     symmetric : bool
     target : str
+    activations : str
+        ``int16`` or ``int8``.
     """
 
     name: str
@@ -66,6 +71,21 @@ class Case:
     bits: int = 4
     symmetric: bool = False
     target: str = "aarch64"
+    activations: Literal["int16", "int8"] = "int16"
+
+    @property
+    def full(self) -> bool:
+        """Whether all groups are kept."""
+        return self.kept == 1.0
+
+    @property
+    def loop_codes(self) -> int:
+        """Codes that a turn of the inner loop of one token multiplies."""
+        if self.activations == "int8":
+            return 8 * self.group_size if self.full else TOGETHER * max(64, self.group_size)
+        # A record of 32 bytes, or of one group, and of several rows where all are kept.
+        codes = max(32 * 8 // self.bits, self.group_size)
+        return codes * 4 if self.full and self.group_size * self.bits >= 128 else codes
 
 
 CASES = (
@@ -81,6 +101,20 @@ CASES = (
     # Fewer rows: the emulator takes its time over bfmmla.
     Case("W4S50 G16, BF16 for many tokens", n=128, target="aarch64-i8mm"),
     Case("W4 G32, all groups", kept=1.0, group_size=32),
+    *(
+        Case(f"W4S50 G{size}, int8", group_size=size, activations="int8")
+        for size in (16, 32, 64, 128)
+    ),
+    Case("W4S30 G16, int8", kept=0.7, activations="int8"),
+    Case("W4 G32, all groups, int8", kept=1.0, group_size=32, activations="int8"),
+    Case(
+        "W8 G64, all groups, int8",
+        kept=1.0,
+        bits=8,
+        group_size=64,
+        symmetric=True,
+        activations="int8",
+    ),
 )
 
 
@@ -153,7 +187,7 @@ def measure(case: Case, plugin: Path, folder: Path, mca: str | None) -> list[str
         case.group_size,
         layer.nnz,
         case.symmetric,
-        activation_dtype="int16",
+        activation_dtype=case.activations,
     )
     rule, config = select(spec, target)
     executable = compile_for(target, rule.build(rule.code_key(spec), config, target))
@@ -166,11 +200,14 @@ def measure(case: Case, plugin: Path, folder: Path, mca: str | None) -> list[str
         write_arguments(folder / "in", [*arrays, np.zeros((m, case.n), np.float32)])
         words = [str(program), str(folder / "in"), str(folder / "out"), "CALLS"]
         row.append(f"{executed(plugin, words, 3) / (case.n * case.k * m):.3f}")
-    loop = inner_loop(str(executable.mod.inspect_source("asm")))
-    # A turn multiplies a record of 32 bytes, or of one group, and of several rows where all are.
-    codes = max(32 * 8 // case.bits, case.group_size)
-    if case.kept == 1.0 and case.group_size * case.bits >= 128:
-        codes *= 4
+    assembly = str(executable.mod.inspect_source("asm"))
+    # The kernel of sparse rows of bytes has other loops of dot products too: of zero points, of
+    # what is left of a row, of four tokens.
+    if case.activations == "int8" and not case.full:
+        loop = loop_of(assembly, r"\tmla\tv\d+\.4s", case.loop_codes // 16)
+    else:
+        loop = inner_loop(assembly)
+    codes = case.loop_codes
     row.append(f"{len(loop) * 16 / codes:.1f}")
     if mca is not None:
         row += [f"{cycles(loop, core, mca) * 16 / codes:.1f}" for core in CORES]

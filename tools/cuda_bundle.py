@@ -32,7 +32,7 @@ from cuda_shapes import Shape, shapes_named
 from gqsa_compiler.errors import GqsaError
 from gqsa_compiler.schedules.cuda import gemv
 from gqsa_compiler.schedules.cuda.arch import ARCHES, Arch, arch_of
-from gqsa_compiler.schedules.cuda.bsr import CudaBsrInt4
+from gqsa_compiler.schedules.cuda.bsr import CudaBsr, CudaBsrInt2, CudaBsrInt4
 from gqsa_compiler.schedules.cuda.config import CudaConfig
 from gqsa_compiler.schedules.cuda.lowering import device_source, lower
 from gqsa_compiler.schedules.cuda.nvcc import KernelUse, compile_cubin
@@ -54,9 +54,11 @@ SCRIPTS = (
     "cuda_rivals.py",
     "cuda_run.py",
     "cuda_timing.py",
+    "cuda_torch_model.py",
 )
 """What runs on the other machine."""
 RULE = CudaBsrInt4()
+TWO_BITS = CudaBsrInt2()
 Compiler = Callable[[str, Arch], tuple[bytes, tuple[KernelUse, ...]]]
 
 
@@ -96,6 +98,11 @@ def target_of(arch: str) -> TargetSpec:
     return TargetSpec(f"cuda:{arch}", "cuda", arch, "", (), "")
 
 
+def rule_of(spec: LinearSpec) -> CudaBsr:
+    """Return the rule that runs a layer of 2 or 4 bits."""
+    return TWO_BITS if spec.bits == TWO_BITS.code_bits else RULE
+
+
 def jobs_of(
     shapes: Sequence[Shape],
     arches: Sequence[str],
@@ -117,7 +124,7 @@ def jobs_of(
                     for config in space[1:]:
                         yield Job(shape, arch, "sweep", spec, config, (1,), sparsities[:1])
                 for variant, other, dropped in _variants(shape, spec, sparsities[0]):
-                    config = RULE.space(other, target_of(arch))[0]
+                    config = rule_of(other).space(other, target_of(arch))[0]
                     yield Job(shape, arch, variant, other, config, tokens, (dropped,))
 
 
@@ -136,8 +143,9 @@ def _variants(
         yield "g32", replace(spec, group_size=32), sparsity
         yield "g128", replace(spec, group_size=128), sparsity
     if shape.name in cuda_shapes.GOAL_SHAPES:
-        # Dense INT4 in the same stack: what sparsity has to be faster than.
+        # Dense INT4 and 2 bits in the same stack: what sparsity has to be faster than.
         yield "dense-g128", replace(spec, group_size=128), 0.0
+        yield "dense-w2-g64", replace(spec, group_size=64, weight_dtype="int2"), 0.0
 
 
 def one_token(spec: LinearSpec, config: CudaConfig) -> Any:
@@ -169,7 +177,7 @@ class Builder:
         if job.variant == "sweep":
             function = one_token(job.spec, job.config)
         else:
-            function = RULE.build(job.spec, job.config, target_of(job.arch))
+            function = rule_of(job.spec).build(job.spec, job.config, target_of(job.arch))
         lowered = lower(function, arch_of(job.arch))
         return device_source(lowered), encode_host(lowered["main"])
 
@@ -202,7 +210,7 @@ class Builder:
 def arguments_of(spec: LinearSpec, config: CudaConfig) -> list[str]:
     """List a kernel's arguments in `ScheduleRule.build`'s order."""
     names = ["x"] + (["norm"] if spec.norm_eps is not None else [])
-    names += [param.name for param in RULE.params(spec, config)]
+    names += [param.name for param in rule_of(spec).params(spec, config)]
     names += ["bias"] if spec.epilogue.bias else []
     names += ["residual"] if spec.epilogue.residual else []
     return [*names, "out"]
@@ -240,6 +248,7 @@ def build(
         "shapes": [asdict(shape) | {"name": shape.name} for shape in shapes],
         "goals": list(cuda_shapes.GOAL_SHAPES),
         "rivals": cuda_shapes.RIVALS,
+        "models": cuda_shapes.MODELS,
         "kernels": kernels,
     }
     _write(folder / "manifest.json", json.dumps(manifest).encode())

@@ -31,7 +31,9 @@ NOT_READ_FOR_ONE = ("slabs", "arrivals", "partials")
 """Packed tensors of which a token's kernel reads nothing, or a few bytes."""
 
 
-def random_layer(n: int, k: int, sparsity: float, group_size: int, seed: int) -> BSRLayer:
+def random_layer(
+    n: int, k: int, sparsity: float, group_size: int, seed: int, bits: int = 4
+) -> BSRLayer:
     """Make a layer [n, k] that lacks each group with a probability of `sparsity`."""
     rng = np.random.default_rng([seed, n, k, round(sparsity * 1000)])
     keep = rng.random((n, k // group_size), np.float32) >= sparsity
@@ -43,9 +45,10 @@ def random_layer(n: int, k: int, sparsity: float, group_size: int, seed: int) ->
         group_size,
         np.concatenate([[0], np.cumsum(keep.sum(1))]).astype(np.int32),
         np.nonzero(keep)[1].astype(np.uint16),
-        rng.integers(0, 256, (nnz, group_size // 2), np.uint8),
+        rng.integers(0, 256, (nnz, group_size * bits // 8), np.uint8),
         np.exp(rng.uniform(low, high, nnz)).astype(np.float16),
-        rng.integers(0, 256, -(-nnz // 2), np.uint8),
+        rng.integers(0, 256, -(-nnz * bits // 8), np.uint8),
+        bits,
     )
 
 
@@ -53,7 +56,8 @@ def packing_key(kernel: Kernel) -> str:
     """Name what a kernel's packed tensors depend on, but for the layer."""
     config, spec = kernel["config"], kernel["spec"]
     gated = "-gated" if spec["epilogue"]["gated"] else ""
-    return f"g{spec['group_size']}b{config['blocks']}s{config['scale_bits']}{gated}"
+    code = f"g{spec['group_size']}{spec['weight_dtype']}"
+    return f"{code}b{config['blocks']}s{config['scale_bits']}{gated}"
 
 
 def expected_key(kernel: Kernel) -> str:
@@ -92,8 +96,8 @@ def prepare(
     weights: dict[int, Array] = {}
     for kernel in sorted(kernels, key=packing_key):
         spec = LinearSpec.from_json(json.dumps(kernel["spec"]))
-        if layer is None or layer.group_size != spec.group_size:
-            layer = random_layer(spec.n, spec.k, sparsity, spec.group_size, seed)
+        if layer is None or (layer.group_size, layer.bits) != (spec.group_size, spec.bits):
+            layer = random_layer(spec.n, spec.k, sparsity, spec.group_size, seed, spec.bits)
             weights.clear()
         spec, config = replace(spec, nnz=layer.nnz), CudaConfig(**kernel["config"])
         path = folder / f"packed-{packing_key(kernel)}.npz"

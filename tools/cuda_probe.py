@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import json
+import sys
 
-from cuda_driver import Driver
+from cuda_driver import Driver, DriverError
 from cuda_timing import copy_bandwidth
 
 
 def main() -> None:
     """Print one JSON object."""
-    device = Driver()
+    try:
+        device = Driver()
+    except DriverError as error:
+        sys.exit(str(error))
     print(json.dumps({**device.info(), "copy_bandwidth": copy_bandwidth(device)}))
 
 

@@ -13,7 +13,14 @@ from pathlib import Path
 from typing import Any
 
 DENSE_4_BIT = ("torch-int4-g32", "torch-int4-g128", "gemlite-w4-g16", "gemlite-w4-g128")
-GOALS = {"bandwidth": 0.80, "dense 4-bit": 1.3, "cuBLAS": 4.0, "2:4": 2.35, "W2": 1.26}
+GOALS = {
+    "bandwidth": 0.80,
+    "dense 4-bit": 1.3,
+    "cuBLAS": 4.0,
+    "2:4": 2.35,
+    "W2": 1.26,
+    "model": 3.7,
+}
 """What a token of W4S50 is to reach: a share of the copy's bandwidth, and ratios of time."""
 
 
@@ -121,7 +128,8 @@ class Report:
 
     def markdown(self) -> str:
         """Write everything."""
-        parts = [self.head(), self.goals(), self.tokens(), self.sparsities(), self.sweep()]
+        parts = [self.head(), self.goals(), self.models(), self.tokens(), self.sparsities()]
+        parts.append(self.sweep())
         return "\n\n".join([*parts, self.faults()]) + "\n"
 
     def head(self) -> str:
@@ -166,6 +174,29 @@ class Report:
             rows.append("| " + " | ".join(cells) + " |")
         return "\n".join(rows)
 
+    def models(self) -> str:
+        """Hold our linear layers' times against dense models, whole, under torch.compile."""
+        rows = [
+            f"A token of a dense float16 model under torch.compile with CUDA graphs (goal: "
+            f"{GOALS['model']:g} times ours), and the sum of our linear layers of its blocks, half",
+            "of the groups dropped: attention, the head and what lies between are not in it.",
+            "",
+            "| model | context | dense, ms | our linear layers, ms |",
+            "|---|---|---|---|",
+        ]
+        for result in self.data["models"]:
+            name, _, context = result["case"].split("|")
+            if result["status"] != "ok":
+                rows.append(f"| {name} | {context} | {result['status']}: {result['fault']} | |")
+                continue
+            dense = self.data["dense_models"][name]
+            own = [self.best(shape, 1, 0.5) for shape in dense["linears"]]
+            each = sum(p.seconds for p in own if p is not None)
+            total = each * dense["shape"]["layers"] * 1e3
+            ours = f"{total:.3f}" if all(own) else "not all measured"
+            rows.append(f"| {name} | {context} | {result['timing']['median'] * 1e3:.3f} | {ours} |")
+        return "\n".join(rows)
+
     def tokens(self) -> str:
         """List times against the number of tokens, of the default configurations."""
         counts = sorted({p.tokens for p in self.points})
@@ -192,24 +223,29 @@ class Report:
             yield name, lambda shape, tokens, name=name: self.rival(shape, tokens, [name])
 
     def sparsities(self) -> str:
-        """List times of one token against the share of groups dropped, beside dense g128."""
+        """List times of one token against the share of groups dropped, beside dense ones."""
         dropped = sorted({p.sparsity for p in self.points if p.variant == "default"})
         rows = ["Microseconds of one token against the share of groups dropped (G = 16), beside"]
-        rows += ["all groups kept with G = 128 in the same stack.", ""]
-        rows.append("| layer | " + " | ".join(f"{s:g}" for s in dropped) + " | G = 128, 0 |")
-        rows.append("|---|" + "---|" * (len(dropped) + 1))
+        rows += ["all groups kept in the same stack: 4 bits with G = 128, 2 bits with G = 64.", ""]
+        shares = " | ".join(f"{s:g}" for s in dropped)
+        rows.append(f"| layer | {shares} | W4 G = 128 | W2 G = 64 |")
+        rows.append("|---|" + "---|" * (len(dropped) + 2))
         for shape in self.shapes:
             own = [self.best(shape, 1, s, variant="default") for s in dropped]
-            dense = [
-                p
-                for p in self.points
-                if p.shape == shape and p.variant == "dense-g128" and p.tokens == 1 and p.seconds
-            ]
             if any(own):
-                least = min(dense, key=lambda p: p.seconds, default=None)
-                cells = [f"{p.seconds * 1e6:.2f}" if p else "" for p in (*own, least)]
+                dense = (self._dense(shape, variant) for variant in ("dense-g128", "dense-w2-g64"))
+                cells = [f"{p.seconds * 1e6:.2f}" if p else "" for p in (*own, *dense)]
                 rows.append(f"| {shape} | " + " | ".join(cells) + " |")
         return "\n".join(rows)
+
+    def _dense(self, shape: str, variant: str) -> Point | None:
+        """Return the fastest kernel for one token of a variant that keeps all groups."""
+        chosen = [
+            p
+            for p in self.points
+            if p.shape == shape and p.variant == variant and p.tokens == 1 and p.seconds
+        ]
+        return min(chosen, key=lambda p: p.seconds, default=None)
 
     def sweep(self, most: int = 5) -> str:
         """List the fastest configurations of each swept shape."""

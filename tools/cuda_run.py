@@ -30,12 +30,13 @@ from cuda_processes import NO_TIME, Child, Clock, case_name, run_group
 
 HERE = Path(__file__).resolve().parent
 GIGABYTE = 1e9
+DENSE_MODEL = "torch-compile-fp16"
 _AHEAD = 4  # layers that are packed while others are measured
 
 
 @dataclass(frozen=True)
 class Group:
-    """The cases of one layer: a shape and a sparsity, or a shape's rivals.
+    """The cases of one layer: a shape and a sparsity, or a shape's rivals; or a dense model.
 
     Parameters
     ----------
@@ -51,6 +52,7 @@ class Group:
     sparsity: float
     cases: tuple[tuple[str, float, int], ...] = ()
     rivals: bool = False
+    model: bool = False
 
 
 def groups_of(
@@ -88,6 +90,8 @@ def groups_of(
         group for group in found if group.shape in goals and group.sparsity == found[0].sparsity
     ]
     first += [group for group in others if group.shape in goals]
+    if not only:
+        first += [Group(name, name, 0.0, rivals=True, model=True) for name in manifest["models"]]
     return first + [group for group in [*found, *others] if group not in first]
 
 
@@ -107,9 +111,10 @@ class Results:
         self, path: Path, head: Mapping[str, Any], earlier: Mapping[str, Any] | None = None
     ) -> None:
         self.path = path
-        self.data: dict[str, Any] = {**head, "done": [], "results": [], "rivals": [], "skipped": []}
+        self.data: dict[str, Any] = {**head, "done": [], "results": [], "rivals": []}
+        self.data |= {"models": [], "skipped": []}
         if earlier is not None:
-            for key in ("done", "results", "rivals"):
+            for key in ("done", "results", "rivals", "models"):
                 self.data[key] = list(earlier[key])
 
     def add(self, group: Group, found: Sequence[dict[str, Any]]) -> None:
@@ -117,7 +122,8 @@ class Results:
         if any(result.get("fault") == NO_TIME for result in found):
             self.leave_out(group)
             return
-        self.data["rivals" if group.rivals else "results"] += found
+        kind = "models" if group.model else "rivals" if group.rivals else "results"
+        self.data[kind] += found
         self.data["done"].append(group.name)
 
     def leave_out(self, group: Group) -> None:
@@ -250,6 +256,7 @@ def _measure(
         "bundle": {key: manifest[key] for key in ("built", "versions", "group_size")},
         "shapes": manifest["shapes"],
         "goals": manifest["goals"],
+        "dense_models": manifest["models"],
         "kernels": [
             {key: kernel[key] for key in ("id", "shape", "variant", "config", "spec", "functions")}
             for kernel in manifest["kernels"]
@@ -323,6 +330,12 @@ def _own(
 def _rivals(
     group: Group, manifest: Mapping[str, Any], folder: Path, clock: Clock
 ) -> list[dict[str, Any]]:
+    log = folder / f"{group.name}.log"
+    if group.model:
+        model = manifest["models"][group.shape]
+        cases = [(group.shape, DENSE_MODEL, context) for context in model["contexts"]]
+        script = HERE / "cuda_torch_model.py"
+        return run_group({"shape": model["shape"]}, script, cases, log, clock)
     n, k = (int(number) for number in group.shape.split("x"))
     cases = [
         (group.shape, rival, tokens)
@@ -330,7 +343,6 @@ def _rivals(
         for tokens in counts
     ]
     order = {"n": n, "k": k}
-    log = folder / f"{group.name}.log"
     return run_group(order, HERE / "cuda_rivals.py", cases, log, clock)
 
 

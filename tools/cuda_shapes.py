@@ -66,6 +66,18 @@ RIVALS = {
 }
 """Other people's kernels (`cuda_rivals.py`) and their token counts: Triton's tune for each."""
 
+MODELS = {
+    "llama-2-7b": {
+        "shape": {
+            "hidden": 4096, "inner": 11008, "layers": 32, "heads": 32, "kv_heads": 32,
+            "head_dim": 128, "vocab": 32000,
+        },
+        "contexts": [128, 512, 1024],
+        "linears": ["12288x4096", "4096x4096", "22016x4096", "4096x11008"],
+    }
+}  # fmt: skip
+"""Whole models that `cuda_torch_model.py` times dense, and the linear layers of a block of each."""
+
 
 def shapes_named(names: Sequence[str]) -> tuple[Shape, ...]:
     """Return the shapes of these names; a name that is not listed is read as N x K.

@@ -15,7 +15,7 @@ import numpy as np
 from llamacpp_timing import Work, add_work, measure, read_work
 
 from gqsa_compiler.runtime import GqsaError, Manifest, Session
-from gqsa_compiler.runtime.engine import Program
+from gqsa_compiler.runtime.program import Program
 
 
 class ArtefactEngine:

@@ -17,8 +17,8 @@ from scaling_plan import Plan
 
 from gqsa_compiler.errors import GqsaError
 from gqsa_compiler.runtime import Manifest, Session
-from gqsa_compiler.runtime.engine import Program
 from gqsa_compiler.runtime.manifest import is_artefact
+from gqsa_compiler.runtime.program import Program
 
 _WARM_UP_STEPS = 4
 

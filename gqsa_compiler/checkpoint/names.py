@@ -12,6 +12,10 @@ INDEX_FILE = "model.safetensors.index.json"
 LAYER_TENSORS = ("shape", "indptr", "indices", "qweight", "scales", "qzeros")
 """The tensors of a compressed layer P are ``P.<one of these>``; `qzeros` may be absent."""
 
+MARKER = "weight"
+"""``P.weight`` of a compressed layer P is uint8 [0]: a program that does not know the format finds
+a weight of the wrong size and stops, where it would invent one that is missing."""
+
 
 def layer_of(tensor: str) -> tuple[str, str] | None:
     """Split the name of a compressed layer's tensor into layer and part; None for other names."""

@@ -17,6 +17,7 @@ from gqsa_compiler.checkpoint.names import (
     CONFIG_FILE,
     INDEX_FILE,
     LAYER_TENSORS,
+    MARKER,
     SINGLE_FILE,
     is_plain_shard_name,
     is_tied_head,
@@ -101,9 +102,10 @@ class CheckpointReader:
                 else:
                     plain.append(name)
             self.layer_names = tuple(sorted(layers, key=natural_key))
-            self.tensor_names = tuple(sorted(plain, key=natural_key))
             for name in self.layer_names:
                 self._check_layer_tensors(name, layers[name])
+            markers = {f"{name}.{MARKER}" for name in layers}
+            self.tensor_names = tuple(sorted(set(plain) - markers, key=natural_key))
             self._check_others()
             self._stack = stack.pop_all()
 
@@ -158,7 +160,7 @@ class CheckpointReader:
         KeyError
             There is no such tensor.
         """
-        if name not in self._files or layer_of(name):
+        if name not in self.tensor_names:
             raise KeyError(name)
         return self._map(name)
 
@@ -232,8 +234,9 @@ class CheckpointReader:
         missing = [p for p in LAYER_TENSORS if p not in parts and p != "qzeros"]
         if missing:
             raise CheckpointError(f"{where} lacks the tensor {name}.{missing[0]}.")
-        if f"{name}.weight" in self._files:
-            raise CheckpointError(f"{where} is stored compressed and as {name}.weight; keep one.")
+        marker = f"{name}.{MARKER}"
+        if marker in self._files and not is_marker(self._info(marker)):
+            raise CheckpointError(f"{where} is stored compressed and as {marker}; keep one.")
         qweight = self._info(f"{name}.qweight")
         if len(qweight.shape) != 2:
             raise CheckpointError(f"{where} is not valid: qweight is not a matrix.")
@@ -266,6 +269,11 @@ class CheckpointReader:
                     f"{self._files[name].path} holds {name!r}, but config.json says "
                     "tie_word_embeddings: the embedding is the output head."
                 )
+
+
+def is_marker(info: TensorInfo) -> bool:
+    """Whether a ``P.weight`` is the marker of a compressed layer: uint8 [0]."""
+    return info.dtype == np.uint8 and info.shape == (0,)
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -15,7 +15,13 @@ import numpy.typing as npt
 
 from gqsa_compiler.checkpoint.config import QuantizationConfig
 from gqsa_compiler.checkpoint.layer import BSRLayer
-from gqsa_compiler.checkpoint.names import CONFIG_FILE, is_tied_head, is_weight_file, layer_of
+from gqsa_compiler.checkpoint.names import (
+    CONFIG_FILE,
+    MARKER,
+    is_tied_head,
+    is_weight_file,
+    layer_of,
+)
 from gqsa_compiler.checkpoint.safetensors_file import FLOAT_DTYPES, METADATA_KEY
 from gqsa_compiler.checkpoint.shards import ShardWriter
 from gqsa_compiler.checkpoint.validate import validate_layer
@@ -109,7 +115,7 @@ class CheckpointWriter:
                 f"Layer {layer.name!r} cannot be compressed while config.json says "
                 "tie_word_embeddings; set that to false to give the head weights of its own."
             )
-        if f"{layer.name}.weight" in self._names:
+        if f"{layer.name}.weight" in self._names and layer.name not in self._layers:
             raise CheckpointError(f"Layer {layer.name!r} is already stored uncompressed.")
         tensors: dict[str, npt.NDArray[Any]] = {
             "shape": np.array(layer.shape, np.int64),
@@ -120,6 +126,7 @@ class CheckpointWriter:
         }
         if layer.qzeros is not None:
             tensors["qzeros"] = layer.qzeros
+        tensors[MARKER] = np.zeros(0, np.uint8)
         self._add({f"{layer.name}.{part}": array for part, array in tensors.items()})
         self._layers[layer.name] = layer.shape[0]
 

@@ -22,10 +22,12 @@ def bench(
     prompt: Annotated[int, typer.Option(min=1, help="Tokens of the prompt.")] = 128,
     gen: Annotated[int, typer.Option(min=2, help="Tokens to generate after it.")] = 64,
     repeats: Annotated[int, typer.Option(min=1, help="Timed runs, after one that is not.")] = 5,
+    adapter: options.Adapter = None,
     threads: options.Threads = None,
     profile: Annotated[
         bool, typer.Option("--profile", help="Also print where the time goes, by kernel.")
     ] = False,
+    variant: options.Variant = None,
     no_verify: options.NoVerify = False,
     json: options.Json = False,
     verbose: options.Verbose = False,
@@ -39,7 +41,9 @@ def bench(
             "prompt": f"{prompt} tokens",
             "gen": f"{gen} tokens",
             "repeats": repeats,
+            "adapter": adapter,
             "threads": threads,
+            "variant": variant,
             "profile": profile or None,
         },
     )
@@ -54,6 +58,8 @@ def bench(
             threads=threads,
             verify=not no_verify,
             profile=profile,
+            adapter=adapter,
+            variant=variant,
             progress=report_progress,
         )
     if json:

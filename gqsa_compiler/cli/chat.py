@@ -18,7 +18,7 @@ from gqsa_compiler.cli.signals import own_ctrl_c
 from gqsa_compiler.errors import UsageError
 
 if TYPE_CHECKING:
-    from gqsa_compiler.runtime import Generation, Model
+    from gqsa_compiler.runtime import Conversation, Generation
 
 _HELP = "/exit ends, /reset forgets the conversation, /stats shows the last answer's figures."
 
@@ -49,8 +49,8 @@ def chat(
         model.render_chat([{"role": "user", "content": "Hello"}])  # no template: say so at once
         note(_HELP)
         settings = {"max_tokens": max_tokens, **shared.sampling()}
-        with own_ctrl_c():
-            _Conversation(model, system, settings, shared.json).run(_lines())
+        with own_ctrl_c(), model.conversation() as conversation:
+            _Talk(conversation, system, settings, shared.json).run(_lines())
 
 
 def _lines() -> Iterator[str]:
@@ -65,13 +65,13 @@ def _lines() -> Iterator[str]:
             return
 
 
-class _Conversation:
+class _Talk:
     """The messages so far, and the commands that act on them."""
 
     def __init__(
-        self, model: Model, system: str | None, settings: dict[str, Any], json: bool
+        self, conversation: Conversation, system: str | None, settings: dict[str, Any], json: bool
     ) -> None:
-        self._model = model
+        self._conversation = conversation
         self._opening = [] if system is None else [{"role": "system", "content": system}]
         self._messages = list(self._opening)
         self._settings = settings
@@ -98,7 +98,7 @@ class _Conversation:
         self._messages.append({"role": "user", "content": message})
         pieces: list[str] = []
         try:
-            stream = self._model.stream_chat(self._messages, **self._settings)
+            stream = self._conversation.stream(self._messages, **self._settings)
             for piece in stream:
                 pieces.append(piece)
                 if not self._json:
@@ -115,6 +115,7 @@ class _Conversation:
         self._last = stream.result
         self._messages.append({"role": "assistant", "content": self._last.text})
         if self._json:
-            print(json_module.dumps(as_dict(self._last), ensure_ascii=False), flush=True)
+            answer = {**as_dict(self._last), "cached_tokens": self._last.cached_tokens}
+            print(json_module.dumps(answer, ensure_ascii=False), flush=True)
         else:
             print(flush=True)

@@ -10,11 +10,13 @@ import typer
 
 from gqsa_compiler.cli import options
 from gqsa_compiler.cli.command import command
-from gqsa_compiler.cli.compile_module import compile_a_module
+from gqsa_compiler.cli.compile_module import compile_a_module, only_for_models, refuse_program
 from gqsa_compiler.cli.compile_report import print_report
 from gqsa_compiler.cli.console import emit_json, note, progress, show_settings
 from gqsa_compiler.errors import UsageError
 from gqsa_compiler.outdir import check_output
+
+_MAX_BATCH, _PREFILL_CHUNK = 4, 512
 
 
 @command
@@ -25,8 +27,8 @@ def compile_(
         typer.Option(
             help="cpu (this machine), x86-64-v3, x86-64-v4, x86-64-v4-bf16, aarch64, "
             "aarch64-i8mm, android-arm64, cuda (the GPU here, else any since sm_80) or "
-            "cuda:sm_80, 86, 89, 90; several with commas between them: code for each, and one copy "
-            "of the weights."
+            "cuda:sm_80, 86, 89, 90, or a GPU's name (nvidia/nvidia-h100); several with commas "
+            "between them: code for each, and one copy of the weights."
         ),
     ] = "cpu",
     output: Annotated[
@@ -48,15 +50,15 @@ def compile_(
             min=2, help="Longest sequence, in tokens.", show_default="the model's, at most 2048"
         ),
     ] = None,
-    max_batch: Annotated[int, typer.Option(min=1, help="Most sequences at once.")] = 4,
+    max_batch: Annotated[int, typer.Option(min=1, help="Most sequences at once.")] = _MAX_BATCH,
     prefill_chunk: Annotated[
         int, typer.Option(min=1, help="Prompt tokens taken in one step.")
-    ] = 512,
+    ] = _PREFILL_CHUNK,
     activations: Annotated[
         Literal["auto", "float32", "float16", "int16", "int8"],
         typer.Option(
             help="What sparse layers round their inputs to; auto: float16 on GPUs, int16 where "
-            "there are kernels for it (x86-64 with AVX2), else float32."
+            "there are kernels for it (x86-64 with AVX2, aarch64), else float32."
         ),
     ] = "auto",
     head: Annotated[
@@ -100,6 +102,19 @@ def compile_(
             show_default="with --target cpu this machine's, else the database's only one",
         ),
     ] = None,
+    adapter: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME=DIR",
+            help="A LoRA adapter (PEFT) to choose at run time. May be given several times.",
+        ),
+    ] = None,
+    merge_adapter: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="A LoRA adapter that is always on.")
+    ] = None,
+    adapter_dtype: Annotated[
+        Literal["float16", "float32"], typer.Option(help="What adapters are stored in.")
+    ] = "float16",
     size: Annotated[
         list[str] | None,
         typer.Option(
@@ -111,11 +126,32 @@ def compile_(
     json: options.Json = False,
     verbose: options.Verbose = False,
 ) -> None:
-    """Compile MODEL for a target; ends with a report of what runs on which kernel."""
+    """Compile MODEL for a target; ends with a report of what runs on which kernel.
+
+    MODEL may also be an ONNX file or a module checkpoint (docs/modules.md).
+    """
+    from gqsa_compiler.lora.names import parse_adapters
     from gqsa_compiler.modules import is_module
     from gqsa_compiler.targets import parse_targets
 
+    refuse_program(model)
+    adapters = parse_adapters(adapter or [])
     if is_module(model):
+        only_for_models(
+            {
+                "--recipe": recipe,
+                "--context": context,
+                "--max-batch": max_batch != _MAX_BATCH,
+                "--prefill-chunk": prefill_chunk != _PREFILL_CHUNK,
+                "--head": head != "int8",
+                "--kv-cache": kv_cache != "float16",
+                "--db": db,
+                "--chip": chip,
+                "--adapter": adapters,
+                "--merge-adapter": merge_adapter,
+                "--adapter-dtype": adapter_dtype != "float16",
+            }
+        )
         compile_a_module(
             model,
             output if output is not None else default_output(model, target),
@@ -162,6 +198,8 @@ def compile_(
             "debug dump": debug_dump,
             "database": db,
             "chip": chip,
+            "adapters": ", ".join(f"{name} ({path})" for name, path in adapters.items()) or None,
+            "merged adapter": merge_adapter,
         },
     )
     if recipe not in (None, "dense"):
@@ -185,6 +223,9 @@ def compile_(
         debug_dump=debug_dump,
         database=db,
         chip=chip,
+        adapters=adapters,
+        merge_adapter=merge_adapter,
+        adapter_dtype=adapter_dtype,
     )
     with progress() as report_progress:
         report = compile_model(

@@ -3,13 +3,49 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from gqsa_compiler.cli.compile_report import print_report
 from gqsa_compiler.cli.console import emit_json, note, progress, show_settings
 from gqsa_compiler.errors import UsageError
+
+_PROGRAMS = (".pt2", ".pt", ".pth")
+
+
+def refuse_program(model: str) -> None:
+    """Refuse a file of PyTorch's, and an ONNX file that is not there, with a sentence of its own.
+
+    Raises
+    ------
+    UsageError
+        The model is one.
+    """
+    if model.endswith(".onnx") and not Path(model).is_file():
+        raise UsageError(f"There is no file {model}.")
+    if Path(model).suffix in _PROGRAMS and Path(model).is_file():
+        raise UsageError(
+            f"{model} is a file of PyTorch's, which gqsa does not open: loading it can run code "
+            "that is in it. Export the module to ONNX, or compress it from Python "
+            "(docs/modules.md)."
+        )
+
+
+def only_for_models(given: Mapping[str, object]) -> None:
+    """Refuse options that only language models have.
+
+    Raises
+    ------
+    UsageError
+        One is given.
+    """
+    for name, value in given.items():
+        if value:
+            raise UsageError(
+                f"{name} is for language models, and this is a module (docs/modules.md)."
+                + (" gqsa compress compresses an ONNX file." if name == "--recipe" else "")
+            )
 
 
 def parse_sizes(texts: Sequence[str]) -> dict[str, int | tuple[int, int]]:

@@ -13,6 +13,7 @@ _KINDS = {
     "dense_linear": "dense linear layers",
     "tables": "embedding and RoPE tables",
     "other": "norms, biases, tables",
+    "adapters": "LoRA adapters",
 }
 _SOURCES = {
     "exact": "measured",
@@ -33,18 +34,21 @@ def print_report(report: dict[str, Any]) -> None:
     table.add_column("bytes", justify="right")
     table.add_column("share", justify="right")
     for kind, count in kinds.items():
+        if not count and kind != "compressed":
+            continue
         share = count / total if total else 0.0
         table.add_row(_KINDS.get(kind, kind), bytes_text(count), f"{share:.1%}")
     table.add_row("all", bytes_text(total), "")
     emit_table(table)
     if report["bits_per_weight"]:
         print(f"\nbits a weight of the sparse layers, packed   {report['bits_per_weight']:.3f}")
-    print(f"read to decode a token   {bytes_text(report['bytes_per_token'])}")
-    print(
-        f"KV cache                 {bytes_text(report['kv_cache_bytes_per_token'])} a token, "
-        f"{report['kv_cache_dtype']}\n"
-        f"workspace                {bytes_text(report['workspace_bytes'])}\n"
-    )
+    if report["kv_cache_bytes_per_token"]:  # not so for a module
+        print(
+            f"read to decode a token   {bytes_text(report['bytes_per_token'])}\n"
+            f"KV cache                 {bytes_text(report['kv_cache_bytes_per_token'])} a token, "
+            f"{report['kv_cache_dtype']}"
+        )
+    print(f"workspace                {bytes_text(report['workspace_bytes'])}\n")
     _print_kernels(report)
     _print_fallbacks(report["fallbacks"])
     seconds = report["seconds"]

@@ -11,6 +11,8 @@ import typer
 
 from gqsa_compiler.cli import options
 from gqsa_compiler.cli.command import command
+from gqsa_compiler.cli.compile_module import refuse_program
+from gqsa_compiler.cli.compress_module import compress_a_module, only_for_modules
 from gqsa_compiler.cli.console import PlainProgress, emit_json, note, progress, show_settings
 from gqsa_compiler.errors import GqsaError
 from gqsa_compiler.outdir import check_output
@@ -98,11 +100,65 @@ def compress(
             "command goes on with that.",
         ),
     ] = False,
+    inputs: Annotated[
+        list[Path] | None,
+        typer.Option(
+            metavar="FILE.npz",
+            help="For an ONNX MODEL, which needs it: inputs by name to learn from, a call a file "
+            "(repeatable); see docs/modules.md.",
+            show_default=False,
+        ),
+    ] = None,
+    size: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME=LOW:HIGH",
+            help="Of an ONNX MODEL: bound a size that varies, or fix it (NAME=N). May be given "
+            "several times.",
+            show_default=False,
+        ),
+    ] = None,
+    ignore: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="LAYER",
+            help="Of an ONNX MODEL: leave this layer dense, or all that a pattern with * names "
+            "(repeatable).",
+            show_default=False,
+        ),
+    ] = None,
     overwrite: options.Overwrite = False,
     json: options.Json = False,
     verbose: options.Verbose = False,
 ) -> None:
     """Compress MODEL: prune groups of weights, quantise the rest, and train what is left."""
+    from gqsa_compiler.modules import is_module
+
+    refuse_program(model)
+    if is_module(model):
+        given = {
+            "--stages": stages,
+            "--budget": budget,
+            "--balance": balance,
+            "--calibration": calibration,
+            "--samples": samples,
+            "--sequence-length": sequence_length,
+            "--device": device not in ("auto", "cpu"),
+            "--restart": restart,
+        }
+        compress_a_module(
+            model,
+            output,
+            recipe,
+            inputs or [],
+            size or [],
+            ignore or [],
+            given,
+            overwrite=overwrite,
+            json=json,
+        )
+        return
+    only_for_modules({"--inputs": inputs, "--size": size, "--ignore": ignore})
     from gqsa_compiler.compress.calibration.spec import parse_samples
     from gqsa_compiler.compress.parallel.launch import find_launch
     from gqsa_compiler.compress.report import REPORT_FILE

@@ -36,6 +36,7 @@ def eval_(
     limit: Annotated[
         int | None, typer.Option(min=1, help="Score the first windows only.", show_default="all")
     ] = None,
+    adapter: options.Adapter = None,
     threads: options.Threads = None,
     json: options.Json = False,
     verbose: options.Verbose = False,
@@ -50,6 +51,7 @@ def eval_(
             "context": context or "2048, or the model's if less",
             "reference": reference,
             "limit": limit,
+            "adapter": adapter,
             "threads": threads,
         },
     )
@@ -63,6 +65,7 @@ def eval_(
             reference=reference,
             limit=limit,
             threads=threads,
+            adapter=adapter,
             progress=report_progress,
         )
     if json:

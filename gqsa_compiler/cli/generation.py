@@ -30,8 +30,10 @@ class Shared:
     repetition_penalty: options.RepetitionPenalty = None
     seed: options.Seed = None
     stop: options.Stop = None
+    adapter: options.Adapter = None
     context: options.Context = None
     threads: options.Threads = None
+    variant: options.Variant = None
     no_verify: options.NoVerify = False
     json: options.Json = False
     verbose: options.Verbose = False
@@ -43,7 +45,8 @@ class Shared:
 
     def settings(self) -> dict[str, Any]:
         """Return what of these the verb says at its start."""
-        return {**self.sampling(), "context": self.context, "threads": self.threads}
+        names = ("adapter", "context", "threads", "variant")
+        return {**self.sampling(), **{name: getattr(self, name) for name in names}}
 
 
 def generates(function: Callable[..., None]) -> Callable[..., None]:
@@ -86,6 +89,8 @@ def load_one(directory: Path, shared: Shared, rpc: str | None = None) -> Model:
             verify=not shared.no_verify,
             context_length=shared.context,
             max_batch=1,
+            variant=shared.variant,
+            adapter=shared.adapter,
         )
     if len(model.manifest.variants) > 1:
         note(f"Running the code for {model.variant}.")
@@ -102,6 +107,12 @@ def _load_remote(directory: Path, shared: Shared, rpc: str) -> Model:
             "--threads is for this machine; the device has as many as its server was given "
             "(TVM_NUM_THREADS)."
         )
+    if shared.adapter is not None:
+        raise UsageError(
+            "Over RPC no adapter can be chosen; compile the model with --merge-adapter."
+        )
+    if shared.variant is not None:
+        raise UsageError("Over RPC the code that asks for least runs; leave --variant out.")
     parse_address(rpc)
     with progress(transient=True) as report_progress:
         return load_remote(
@@ -117,7 +128,10 @@ def _load_remote(directory: Path, shared: Shared, rpc: str) -> Model:
 def figures(result: Generation) -> str:
     """Say in one line how fast an answer came and why it ended."""
     times = result.timings
-    text = f"prompt {times.prompt_tokens} tokens, {times.prefill_tokens_per_second:.1f} tokens/s"
+    text = f"prompt {result.prompt_tokens} tokens"
+    if result.cached_tokens:
+        text += f" ({result.cached_tokens} in the cache)"
+    text += f", {times.prefill_tokens_per_second:.1f} tokens/s"
     if times.generated_tokens > 1:
         text += (
             f"; generated {times.generated_tokens} tokens, "

@@ -87,7 +87,11 @@ def _show_artefact(found: dict[str, Any], here: str | None) -> None:
         f"({bytes_text(cache * model['context_length'])} for one full context), "
         f"workspace {bytes_text(memory['workspace_bytes'])}"
     )
-    print(f"read a token    {bytes_text(found['bytes_per_token'])}\n")
+    print(f"read a token    {bytes_text(found['bytes_per_token'])}")
+    if adapters := found.get("adapters"):
+        named = ", ".join(f"{adapter['name']} (rank {adapter['rank']})" for adapter in adapters)
+        print(f"adapters        {named}")
+    print()
     table = Table("layer", "kernel", "weight", box=None)
     for heading in ("N", "K", "sparsity", "bytes"):
         table.add_column(heading, justify="right")

@@ -39,6 +39,15 @@ Context = Annotated[
         "--context", min=2, help="Longest sequence, in tokens.", show_default="as compiled"
     ),
 ]
+Variant = Annotated[
+    str | None,
+    typer.Option(
+        "--variant",
+        metavar="TARGET",
+        help="Run the code for this target, where the artefact has code for several.",
+        show_default="the best that this machine can run",
+    ),
+]
 NoVerify = Annotated[
     bool,
     typer.Option(
@@ -75,6 +84,15 @@ RepetitionPenalty = Annotated[
     typer.Option("--repetition-penalty", min=0.01, help="Above 1: repeat less. 1: off."),
 ]
 Seed = Annotated[int | None, typer.Option("--seed", help="Seed of the sampling.")]
+Adapter = Annotated[
+    str | None,
+    typer.Option(
+        "--adapter",
+        metavar="NAME",
+        help="A LoRA adapter that the artefact was compiled with.",
+        show_default="the model alone",
+    ),
+]
 Stop = Annotated[
     list[str] | None,
     typer.Option("--stop", help="End at this text (repeatable); it is not printed."),

@@ -16,7 +16,7 @@ from gqsa_compiler.cli.tune_live import live
 from gqsa_compiler.units import seconds_text
 
 if TYPE_CHECKING:
-    from gqsa_compiler.tuning.session import Result
+    from gqsa_compiler.tuning.task_state import Result, TaskState
 
 INTERRUPTED = 130
 DEFAULT_DB = Path("tuning")
@@ -149,6 +149,14 @@ def summary(result: Result) -> dict[str, Any]:
     }
 
 
+def _changes(state: TaskState) -> str:
+    """Write what of the best configuration is not as in the default one."""
+    default = dataclasses.asdict(next(iter(state.space.values())))
+    best = dataclasses.asdict(state.incumbent.config)
+    changed = [f"{key}={value}" for key, value in best.items() if value != default[key]]
+    return " ".join(changed) or "default"
+
+
 def print_result(result: Result) -> None:
     """Print the tasks and what was gained on standard output."""
     from rich.table import Table
@@ -158,7 +166,6 @@ def print_result(result: Result) -> None:
         table.add_column(heading, justify="right")
     table.add_column("configuration")
     for state in result.tasks:
-        config = dataclasses.asdict(state.incumbent.config)
         table.add_row(
             state.task.name,
             str(state.task.layers),
@@ -166,7 +173,7 @@ def print_result(result: Result) -> None:
             str(state.trials),
             str(state.failures.total()),
             f"{1 / state.ratio:.2f}x",
-            " ".join(f"{key}={value}" for key, value in config.items()),
+            _changes(state),
         )
     emit_table(table)
     for name, reason in result.failed_tasks.items():
@@ -175,6 +182,6 @@ def print_result(result: Result) -> None:
     if after:
         print(
             f"\nlinear layers of a token: {before * 1e3:.3f} ms by default, {after * 1e3:.3f} ms "
-            f"tuned; the workload's {result.gain():.2f} times faster"
+            f"tuned; those of the workload {result.gain():.2f} times faster"
         )
     print(f"{result.trials} trials in {seconds_text(result.seconds)}")

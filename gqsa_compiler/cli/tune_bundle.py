@@ -22,8 +22,16 @@ def export(
     prompt: Annotated[int, typer.Option(min=1, help="Tokens of a prompt.")] = 128,
     gen: Annotated[int, typer.Option(min=1, help="Tokens generated after it.")] = 128,
     threads: Annotated[int, typer.Option(min=1, help="CPU threads of that machine.")] = 4,
+    jobs: Annotated[
+        int | None,
+        typer.Option(min=1, help="Candidates built at once.", show_default="one for every core"),
+    ] = None,
     db: Annotated[
         Path | None, typer.Option("--db", help="Take what this database knows to be good along.")
+    ] = None,
+    chip: Annotated[
+        str | None,
+        typer.Option(help="Processor in --db.", show_default="the only one it has measurements of"),
     ] = None,
     seed: Annotated[int, typer.Option(help="Seed of the choice and of the data.")] = 0,
     json: options.Json = False,
@@ -38,16 +46,20 @@ def export(
             "output": output,
             "candidates": trials,
             "workload": f"prompts of {prompt} tokens, {gen} generated after each",
-            "threads": threads,
+            "threads": None if target.startswith(("cuda", "nvidia/")) else threads,
+            "jobs": jobs or "one for every core",
             "database": db,
+            "chip": chip,
             "seed": seed,
         },
     )
     from gqsa_compiler.tune import TuneOptions, export_model
 
-    settings = TuneOptions(target, prompt, gen, trials, threads=threads, seed=seed)
+    settings = TuneOptions(target, prompt, gen, trials, threads=threads, seed=seed, chip=chip)
     with progress() as report_progress:
-        found = export_model(model, output, settings, database=db, progress=report_progress)
+        found = export_model(
+            model, output, settings, database=db, jobs=jobs, progress=report_progress
+        )
     if json:
         emit_json(dataclasses.asdict(found))
         return
@@ -67,13 +79,16 @@ def import_(
     ],
     db: Annotated[Path, typer.Option("--db", help="Database to add the results to.")],
     chip: Annotated[
-        str | None, typer.Option(help="Name of the processor.", show_default="by its /proc/cpuinfo")
+        str | None,
+        typer.Option(
+            help="Name of the processor.", show_default="by what its system or driver says"
+        ),
     ] = None,
     json: options.Json = False,
     verbose: options.Verbose = False,
 ) -> None:
     """Read a bundle's results into a database."""
-    from gqsa_compiler.tuning.bundle import import_bundle
+    from gqsa_compiler.tuning.bundle_results import import_bundle
     from gqsa_compiler.tuning.database import Database
     from gqsa_compiler.tuning.report import write_report
 

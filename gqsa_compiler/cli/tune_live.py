@@ -12,7 +12,7 @@ from gqsa_compiler.cli.console import PlainProgress, note
 from gqsa_compiler.units import seconds_text
 
 if TYPE_CHECKING:
-    from rich.live import Live
+    from rich.console import Group
     from rich.table import Table
 
     from gqsa_compiler.tuning.session import Session
@@ -46,17 +46,28 @@ class PlainView:
 
 
 class LiveView:
-    """A table that is drawn again after each trial, for a terminal."""
+    """A table that changes with each trial, and below it the time that passes; for a terminal."""
 
-    def __init__(self, screen: Live) -> None:
-        self._screen = screen
+    def __init__(self) -> None:
+        self._shown: Table | str = ""
+        self._session: Session | None = None
 
     def stage(self, stage: str, done: int, total: int) -> None:
         """Show what is done before the session."""
-        self._screen.update(f"{stage} ...")
+        self._shown = f"{stage} ..."
 
     def __call__(self, session: Session) -> None:
-        self._screen.update(table_of(session))
+        # Drawn here: what draws the screen is another thread.
+        self._shown, self._session = table_of(session) if session.states else "", session
+
+    def __rich__(self) -> Group:
+        """Return what is on the screen now."""
+        from rich.console import Group
+
+        if self._session is None:
+            return Group(self._shown)
+        parts = [self._shown] if self._session.states else []
+        return Group(*parts, progress_text(self._session))
 
 
 def progress_text(session: Session) -> str:
@@ -70,7 +81,7 @@ def table_of(session: Session) -> Table:
     """Draw a session: a line a task."""
     from rich.table import Table
 
-    table = Table("task", box=None, caption=progress_text(session), caption_justify="left")
+    table = Table("task", box=None)
     for heading in ("share", "decode us", "gain", "trials", "failed"):
         table.add_column(heading, justify="right")
     for state in session.states:
@@ -95,5 +106,6 @@ def live() -> Iterator[PlainView | LiveView]:
     from rich.console import Console
     from rich.live import Live
 
-    with Live(console=Console(stderr=True), refresh_per_second=4) as screen:
-        yield LiveView(screen)
+    view = LiveView()
+    with Live(view, console=Console(stderr=True), refresh_per_second=4):
+        yield view

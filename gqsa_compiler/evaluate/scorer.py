@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from gqsa_compiler.errors import UsageError
 from gqsa_compiler.runtime.manifest import is_artefact
 
 if TYPE_CHECKING:
@@ -139,7 +140,11 @@ def locate(model: str) -> Path | ModelSource:
 
 
 def open_scorer(
-    found: Path | ModelSource, *, threads: int | None = None, context: int | None = None
+    found: Path | ModelSource,
+    *,
+    threads: int | None = None,
+    context: int | None = None,
+    adapter: str | None = None,
 ) -> Scorer:
     """Load a model for evaluation.
 
@@ -151,6 +156,8 @@ def open_scorer(
         CPU threads; one for every core of this process by default.
     context : int, optional
         Longest window that will be asked for, in tokens; an artefact reserves memory for it.
+    adapter : str, optional
+        One of an artefact's.
 
     Raises
     ------
@@ -160,8 +167,15 @@ def open_scorer(
     if isinstance(found, Path):
         from gqsa_compiler import runtime
 
-        model = runtime.load(found, threads=threads, context_length=context, max_batch=1)
+        model = runtime.load(
+            found, threads=threads, context_length=context, max_batch=1, adapter=adapter
+        )
         return ArtefactScorer(found.resolve().name, model)
+    if adapter is not None:
+        raise UsageError(
+            f"{found.path} is no artefact, so there is no adapter to choose; compile it with "
+            f"--adapter {adapter}=DIR."
+        )
     return _open_torch(found, threads)
 
 

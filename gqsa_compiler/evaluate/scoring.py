@@ -221,6 +221,7 @@ def perplexity(
     reference: str | None = None,
     limit: int | None = None,
     threads: int | None = None,
+    adapter: str | None = None,
     progress: Progress | None = None,
 ) -> EvalResult:
     """Measure a model's perplexity on a text.
@@ -244,6 +245,8 @@ def perplexity(
         Score the first ``limit`` windows only.
     threads : int, optional
         CPU threads.
+    adapter : str, optional
+        One of the artefact's, for `model`; the model alone unless given.
     progress : callable, optional
         Called with (stage, done, total).
 
@@ -256,7 +259,7 @@ def perplexity(
     found, found_reference = locate(model), None if reference is None else locate(reference)
     if progress is not None:
         progress("Loading the model", 0, 0)
-    scorer = open_scorer(found, threads=threads, context=context)
+    scorer = open_scorer(found, threads=threads, context=context, adapter=adapter)
     other = None
     if found_reference is not None:
         if progress is not None:

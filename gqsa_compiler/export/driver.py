@@ -97,7 +97,7 @@ def export_model(
             f"{source.path} is not compressed, so there is nothing to export; compress it first "
             f"(gqsa compress {source.path} -o DIR)."
         )
-    check_output(output)
+    check_output(output, protect=(source.path,))
     check_tensors(source, parse_config(source.config, str(source.path)))
     say = progress or (lambda _stage, _done, _total: None)
     found = CompressedModel(source, source.checkpoint, say)

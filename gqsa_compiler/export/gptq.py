@@ -27,7 +27,8 @@ def write_gptq(
     """Write the layers' own codes.
 
     The common group size is the smallest one; larger groups are repeated. Version 1 of the format,
-    which more programs read, cannot say the zero point 0; version 2 is written where there is one.
+    which more programs read, is written where all zero points are the middle: for others it cannot
+    say 0, and GPTQModel takes it only from itself. Those get version 2.
 
     Raises
     ------
@@ -36,13 +37,11 @@ def write_gptq(
         block is not compressed, which readers of GPTQ do not expect.
     """
     bits, size = _common(model)
-    least, middle, symmetric = 1, symmetric_zero(bits), True
+    middle, symmetric = symmetric_zero(bits), True
     for layer in model.each_layer("looking at zero points"):
         if layer.nnz:
-            zeros = layer.zeros()
-            least = min(least, int(zeros.min()))
-            symmetric = symmetric and bool((zeros == middle).all())
-    offset = 1 if least > 0 else 0
+            symmetric = symmetric and bool((layer.zeros() == middle).all())
+    offset = 1 if symmetric else 0
     out = DirectoryOutput(directory)
     try:
         for layer in model.each_layer("writing layers"):
@@ -79,7 +78,7 @@ def write_gptq(
         out.close()
     notes = []
     if not offset:
-        notes.append("A zero point is 0, so the layout is gptq_v2, which older readers refuse.")
+        notes.append("Zero points differ, so the layout is gptq_v2, which older readers refuse.")
     if size not in _USUAL_GROUPS:
         notes.append(f"Groups of {size} are smaller than most readers of GPTQ take.")
     kind = f"{bits}-bit codes, groups of {size}"

@@ -8,6 +8,7 @@ from torch.nn import functional
 
 from gqsa_compiler.checkpoint import BSRLayer, LayerScheme, symmetric_zero
 from gqsa_compiler.checkpoint.bits import packed_size
+from gqsa_compiler.checkpoint.names import MARKER
 
 
 class GQSALinear(nn.Module):
@@ -54,6 +55,7 @@ class GQSALinear(nn.Module):
             "indices": ((kept,), torch.uint16),
             "qweight": ((kept, width), torch.uint8),
             "scales": ((kept,), torch.float16),
+            MARKER: ((0,), torch.uint8),
         }
         if not scheme.symmetric:
             buffers["qzeros"] = ((packed_size(kept, scheme.bits),), torch.uint8)
@@ -92,6 +94,7 @@ class GQSALinear(nn.Module):
         """Return the layer as the checkpoint package holds it, e.g. to validate it."""
         arrays = {part: buffer.cpu().numpy() for part, buffer in self.named_buffers(recurse=False)}
         n, k = (int(size) for size in arrays.pop("shape"))
+        del arrays[MARKER]
         zeros = arrays.pop("qzeros", None)
         return BSRLayer(
             name=name,

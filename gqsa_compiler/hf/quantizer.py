@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from typing import Any
 
@@ -10,7 +11,7 @@ from torch import nn
 from transformers.quantizers import HfQuantizer
 
 from gqsa_compiler.checkpoint import SafetensorsFile, validate_layer
-from gqsa_compiler.checkpoint.names import LAYER_TENSORS, layer_of
+from gqsa_compiler.checkpoint.names import LAYER_TENSORS, MARKER, layer_of
 from gqsa_compiler.errors import CheckpointError, UsageError
 from gqsa_compiler.hf.config import GQSAConfig
 from gqsa_compiler.hf.linear import GQSALinear
@@ -63,6 +64,8 @@ class GQSAQuantizer(HfQuantizer):
                 device=linear.weight.device,
             )
             model.set_submodule(name, replacement)
+            # Checkpoints of earlier builds have no markers.
+            model._keys_to_ignore_on_load_missing.add(rf"^{re.escape(name)}\.{MARKER}$")
 
     def _process_model_after_weight_loading(self, model: Any, **_kwargs: Any) -> Any:
         said = self.quantization_config.quantization

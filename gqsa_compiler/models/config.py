@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, TypeVar
@@ -28,7 +29,7 @@ ConfigT = TypeVar("ConfigT", bound="DecoderConfig")
 
 
 @dataclass(frozen=True, kw_only=True)
-class DecoderConfig:
+class DecoderConfig(ABC):
     """A decoder-only transformer, after every default is filled in.
 
     Parameters
@@ -99,9 +100,9 @@ class DecoderConfig:
         return config
 
     @classmethod
+    @abstractmethod
     def read(cls, fields: FieldReader) -> dict[str, Any]:
         """Take this family's fields and return the constructor's arguments."""
-        raise NotImplementedError
 
 
 def read_common(fields: FieldReader, activation_field: str = "hidden_act") -> dict[str, Any]:

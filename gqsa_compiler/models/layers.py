@@ -6,6 +6,7 @@ module is its tensor's name in the checkpoint. All arithmetic is float32.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Any
 
@@ -185,20 +186,20 @@ class PreNormLayer(nn.Module):
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
-class CausalLM(nn.Module):
+class CausalLM(nn.Module, ABC):
     """The three functions of every model; a family defines `hidden_states` and `logits`."""
 
     def forward(self, tokens: nn.Tensor, rows: nn.Tensor, kv: PagedKVCache) -> nn.Tensor:
         """Return the logits float32 [m, V] of the chosen `rows` int32 [m] of `tokens` int32 [n]."""
         return self.logits(take_rows(self.hidden_states(tokens, kv), rows))
 
+    @abstractmethod
     def hidden_states(self, tokens: nn.Tensor, kv: PagedKVCache) -> nn.Tensor:
         """Return the last layer's output before the final norm, float32 [n, H]."""
-        raise NotImplementedError
 
+    @abstractmethod
     def logits(self, hidden: nn.Tensor) -> nn.Tensor:
         """Turn rows of `hidden_states` into logits: float32 [m, H] to [m, V]."""
-        raise NotImplementedError
 
     def adapt(self, name: str, array: npt.NDArray[Any]) -> npt.NDArray[Any]:
         """Turn a stored tensor into what this definition computes with (by default itself)."""

@@ -102,6 +102,11 @@ def architecture(model_type: Any, where: str) -> Architecture:
         It is not supported; the message lists those that are.
     """
     found = ARCHITECTURES.get(model_type) if isinstance(model_type, str) else None
+    if model_type == "gqsa_module":
+        raise ModelError(
+            f"{where} is that of a module, not of a language model; gqsa compile takes it "
+            "(docs/modules.md)."
+        )
     if found is None:
         said = f"says model_type {model_type!r}" if model_type else "has no model_type"
         raise ModelError(f"{where} {said}; supported are {', '.join(ARCHITECTURES)}.")

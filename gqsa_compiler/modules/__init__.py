@@ -13,8 +13,16 @@ if TYPE_CHECKING:
     from gqsa_compiler.modules.compress import compress_module
     from gqsa_compiler.modules.compress_graph import compress_onnx
     from gqsa_compiler.modules.files import is_module
+    from gqsa_compiler.modules.inputs import read_inputs
 
-__all__ = ["ModuleOptions", "compile_module", "compress_module", "compress_onnx", "is_module"]
+__all__ = [
+    "ModuleOptions",
+    "compile_module",
+    "compress_module",
+    "compress_onnx",
+    "is_module",
+    "read_inputs",
+]
 
 _MODULES = {
     "ModuleOptions": "compile",
@@ -22,6 +30,7 @@ _MODULES = {
     "compress_module": "compress",
     "compress_onnx": "compress_graph",
     "is_module": "files",
+    "read_inputs": "inputs",
 }
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
 from typing import Any
 
@@ -17,6 +17,25 @@ def find_layers(module: nn.Module) -> dict[str, Layer]:
     """List linear layers and convolutions by their path; a shared one once."""
     kinds = (nn.Linear, nn.Conv1d, nn.Conv2d)
     return {name: part for name, part in module.named_modules() if isinstance(part, kinds)}
+
+
+def by_weight(layers: Mapping[str, Layer]) -> list[tuple[str, ...]]:
+    """Group the linear layers that share a weight, in order; every other layer is alone."""
+    groups: dict[int, list[str]] = {}
+    for name, layer in layers.items():
+        key = id(layer.weight) if isinstance(layer, nn.Linear) else id(layer)
+        groups.setdefault(key, []).append(name)
+    return [tuple(names) for names in groups.values()]
+
+
+def read_elsewhere(module: nn.Module, layer: Layer, names: Sequence[str]) -> bool:
+    """Whether a layer's weight is a parameter of another module than the layers `names` too."""
+    parts = dict(module.named_modules(remove_duplicate=False))
+    known = {id(parts[name]) for name in names}
+    return any(
+        tensor is layer.weight and id(parts[path.rpartition(".")[0]]) not in known
+        for path, tensor in module.named_parameters(remove_duplicate=False)
+    )
 
 
 def columns(layer: Layer) -> int:
@@ -68,11 +87,11 @@ def watched(
 
 @torch.no_grad()
 def input_groups(
-    module: nn.Module, layers: Mapping[str, Layer], batch: Batch
+    module: nn.Module, layers: Mapping[str, Layer], batch: Batch, alone: Set[str] = frozenset()
 ) -> list[tuple[str, ...]]:
     """Order layers as they run for the first time, those with one input together.
 
-    Layers that do not run are not listed.
+    Layers that do not run are not listed; those of `alone` do not join others.
     """
     groups: list[tuple[Tensor, list[str]]] = []
     known = set()
@@ -83,7 +102,8 @@ def input_groups(
         known.add(name)
         linear = isinstance(layers[name], nn.Linear)
         for other, members in groups:
-            if other is tensor and linear and isinstance(layers[members[0]], nn.Linear):
+            joined = linear and isinstance(layers[members[0]], nn.Linear)
+            if other is tensor and joined and alone.isdisjoint((name, members[0])):
                 members.append(name)
                 return
         groups.append((tensor, [name]))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -150,7 +150,8 @@ class _Compilation:
         weights = _Weights(graph)
         with self.stages.stage("running passes"):
             mod, plan, workspace = self._passes(graph, weights.records())
-        compressed = any(item.layer is not None for item in graph.parameters)
+        decoded = dict(graph.dense)
+        compressed = bool(decoded) or any(item.layer is not None for item in graph.parameters)
         if self.options.no_fallback:
             report.refuse_fallbacks(plan, True, ignored)
         name = artefact.library_name(self.target, 1)
@@ -165,6 +166,12 @@ class _Compilation:
             add_bundle(directory, self.target)
         plan = plan.packed({parameter.name: parameter.shape for parameter in parameters})
         uses, fallbacks = report.kernel_uses(plan, compressed, ignored)
+        fallbacks = tuple(
+            replace(item, reason=f"decoded: {decoded[item.layer]}")
+            if item.layer in decoded
+            else item
+            for item in fallbacks
+        )
         kinds = report.bytes_by_kind(plan)
         result = CompileReport(
             output=str(output),

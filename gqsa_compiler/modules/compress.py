@@ -26,8 +26,10 @@ from gqsa_compiler.modules import capture
 from gqsa_compiler.modules.result import DenseLayer, ModuleReport
 from gqsa_compiler.modules.solve import (
     ON_PURPOSE,
+    SHARED,
     bits_per_weight,
     block_diagonal,
+    check_ignored,
     layer_report,
     misfit,
     module_recipe,
@@ -53,7 +55,8 @@ def compress_module(
     """Compress every linear layer of a PyTorch module that the recipe's groups fit.
 
     Convolutions whose windows do not overlap (1 x 1, and patches), grouped ones too, are linear
-    layers here. A layer is compressed on what the compressed layers before it give.
+    layers here. A layer is compressed on what the compressed layers before it give. Linear layers
+    that share a weight stay one: compressed once, on the inputs of all, and stored once.
 
     Parameters
     ----------
@@ -130,13 +133,10 @@ def compress_module(
         output=str(output),
         layers=tuple(layer_report(layer) for layer in layers),
         dense=tuple(DenseLayer(*item) for item in dense),
+        shared={name: first for name, first in work.shared.items() if first in in_graph},
         bits_per_weight=bits_per_weight(layers),
         seconds=time.monotonic() - began,
     )
-
-
-def _all_parameters(module: nn.Module) -> list[tuple[str, Tensor]]:
-    return list(module.named_parameters(remove_duplicate=False))
 
 
 class _Compression:
@@ -157,30 +157,46 @@ class _Compression:
         self._batches = [(batch, dict[str, Any]()) for batch in batches]
         self._recipe, self._progress = recipe, progress
         self._layers = capture.find_layers(self.module)
+        check_ignored(ignore, self._layers)
         self._before = capture.find_layers(self.original)
         self._done: dict[str, BSRLayer] = {}
-        for name, layer in self._layers.items():
-            reason = misfit(name, capture.columns(layer), recipe, ignore)
-            if reason is None and capture.overlaps(layer):
-                reason = "a convolution whose windows overlap"
-            if reason is None and self._shared(name, layer):
-                reason = "its weight is another layer's too"
-            if reason is not None:
-                self.dense[name] = reason
+        # Linear layers with one weight are one layer, by the name of the first.
+        self._shares: dict[str, tuple[str, ...]] = {}
+        for names in capture.by_weight(self._layers):
+            reasons = (self._reason(name, names, ignore) for name in names)
+            reason = next((text for text in reasons if text is not None), None)
+            if reason is None:
+                self._shares[names[0]] = names
+            else:
+                self.dense.update(dict.fromkeys(names, reason))
 
-    def _shared(self, name: str, layer: capture.Layer) -> bool:
-        owners = [n for n, p in _all_parameters(self.module) if p is layer.weight]
-        modules = dict(self.module.named_modules(remove_duplicate=False))
-        return any(modules[n.rpartition(".")[0]] is not layer for n in owners)
+    def _reason(self, name: str, names: Sequence[str], ignore: Sequence[str]) -> str | None:
+        """Say why a layer is not compressed; `names` are those of all with its weight."""
+        layer = self._layers[name]
+        reason = misfit(name, capture.columns(layer), self._recipe, ignore)
+        if reason is None and capture.overlaps(layer):
+            reason = "a convolution whose windows overlap"
+        if reason is None and capture.read_elsewhere(self.module, layer, names):
+            reason = SHARED
+        return reason
+
+    @property
+    def shared(self) -> dict[str, str]:
+        """Layers that are stored as another one, by name."""
+        return {
+            name: first for first in self._done for name in self._shares[first] if name != first
+        }
 
     @torch.no_grad()
     def run(self) -> list[BSRLayer]:
         """Compress all layers; returns them in the order that they run."""
-        wanted = {n: layer for n, layer in self._layers.items() if n not in self.dense}
-        groups = capture.input_groups(self.module, wanted, self._batches[0])
+        wanted = {name: self._layers[name] for name in self._shares}
+        alone = {first for first, names in self._shares.items() if len(names) > 1}
+        groups = capture.input_groups(self.module, wanted, self._batches[0], alone)
         ran = {name for members in groups for name in members}
         for name in wanted.keys() - ran:
-            self.dense[name] = "it did not run, or not as a module of its own"
+            for one in self._shares[name]:
+                self.dense[one] = "it did not run, or not as a module of its own"
         if not ran:
             raise ModelError(
                 f"{type(self.original).__name__} has no linear layer that groups of "
@@ -241,11 +257,13 @@ class _Compression:
     ) -> list[Tensor]:
         found: list[Tensor] = []
         arguments, keywords = batch
-        with capture.watched(layers, (name,), lambda _name, tensor: found.append(tensor.float())):
+        names = self._shares[name]
+        with capture.watched(layers, names, lambda _name, tensor: found.append(tensor.float())):
             module(*arguments, **keywords)
         return found
 
     def weight_names(self, parameters: Mapping[str, Tensor]) -> dict[str, BSRLayer]:
         """Return the compressed layers by their weight's name in the exported graph."""
-        places = {p.data_ptr(): n for n, p in parameters.items()}
-        return {places[self._layers[n].weight.data_ptr()]: one for n, one in self._done.items()}
+        done = {self._layers[name].weight.data_ptr(): one for name, one in self._done.items()}
+        pairs = ((name, done.get(tensor.data_ptr())) for name, tensor in parameters.items())
+        return {name: layer for name, layer in pairs if layer is not None}

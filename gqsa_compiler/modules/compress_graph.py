@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,24 +12,27 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper, version_converter
-from onnx.reference import ReferenceEvaluator
 
 from gqsa_compiler.checkpoint import BSRLayer
+from gqsa_compiler.checkpoint.names import LAYER_TENSORS
 from gqsa_compiler.compress.recipes.recipe import Recipe
 from gqsa_compiler.compress.request import PathText
-from gqsa_compiler.compress.solver.hessian import MomentAccumulator, Moments
 from gqsa_compiler.compress.solver.oneshot import compress_rows
 from gqsa_compiler.compress.store import producer, to_layer
-from gqsa_compiler.errors import ModelError, UsageError
+from gqsa_compiler.errors import ModelError
 from gqsa_compiler.export.onnx_graph import complete_model, layer_tensors
 from gqsa_compiler.frontends.onnx import sparse_op
 from gqsa_compiler.frontends.onnx.file import load_model, opset, read_tensor
 from gqsa_compiler.frontends.onnx.graph import import_onnx
 from gqsa_compiler.frontends.onnx.layers import layer_name
+from gqsa_compiler.modules.graph_walk import GraphWalk
+from gqsa_compiler.modules.inputs import check_inputs
 from gqsa_compiler.modules.result import DenseLayer, ModuleReport
 from gqsa_compiler.modules.solve import (
     ON_PURPOSE,
+    SHARED,
     bits_per_weight,
+    check_ignored,
     layer_report,
     misfit,
     module_recipe,
@@ -39,18 +42,26 @@ from gqsa_compiler.outdir import check_output
 from gqsa_compiler.progress import Progress
 
 Array = npt.NDArray[Any]
-_MOST_BYTES = 1 << 29
-"""Second moments held at once; a graph with more runs several times."""
 
 
 @dataclass(frozen=True, eq=False)
 class _Linear:
-    """A product by a constant matrix: the node, its input and its weight [N, K]."""
+    """The products by one constant matrix: what each node multiplies, and the values [N, K].
 
-    node: NodeProto
+    `reads` has a name by each node's index; `elsewhere` is true if the graph reads the matrix in
+    another way too.
+    """
+
+    reads: Mapping[int, str]
     name: str
-    x: str
     weight: Array
+    elsewhere: bool
+
+    @property
+    def places(self) -> list[tuple[int, str]]:
+        """The first node that multiplies each value, in the graph's order."""
+        first = {name: index for index, name in sorted(self.reads.items(), reverse=True)}
+        return sorted((index, name) for name, index in first.items())
 
 
 def compress_onnx(
@@ -67,7 +78,9 @@ def compress_onnx(
     """Compress every ``MatMul`` and ``Gemm`` by a constant matrix that the groups fit.
 
     The graph runs in onnx's own evaluator, so that no other runtime is needed; each layer is
-    compressed on what it gets in the dense graph. All other nodes stay as they are.
+    compressed on what it gets from the compressed layers before it, towards what the dense graph
+    gives there; a matrix that multiplies several values once, on all of them in the dense graph.
+    All other nodes stay as they are.
 
     Parameters
     ----------
@@ -78,7 +91,7 @@ def compress_onnx(
     output : path
         The module checkpoint to make.
     calibration : sequence of mappings
-        Inputs by name, a call each.
+        Inputs by name, a call each; `read_inputs` reads them from files.
     shapes : mapping, optional
         Bounds of sizes that vary, as `ModuleOptions.shapes`; they become the checkpoint's.
 
@@ -89,7 +102,8 @@ def compress_onnx(
     Raises
     ------
     UsageError
-        The recipe does not exist or is not for modules, the output exists, or there are no inputs.
+        The recipe does not exist or is not for modules, the output exists, or the inputs are not
+        the graph's.
     ModelError
         The graph cannot be read or run, cannot be compiled, or no layer fits.
     """
@@ -97,19 +111,22 @@ def compress_onnx(
     chosen = module_recipe(recipe)
     path = Path(model)
     check_output(output, overwrite, protect=(path,))
-    if not calibration:
-        raise UsageError("There are no calibration inputs; give at least one.")
     say = progress or (lambda _stage, _done, _total: None)
     graph = load_model(path)
     # What cannot be compiled later is refused before the work.
     imported = import_onnx(graph, path.resolve().parent, shapes=shapes)
+    calls = check_inputs(imported.inputs, imported.bounds, calibration)
     for tensor in graph.graph.initializer:
         tensor.CopyFrom(numpy_helper.from_array(_array(tensor, path), tensor.name))
     graph = _recent(graph)
     dense: dict[str, str] = {}
     wanted = []
-    for linear in _linears(graph):
+    linears = _linears(graph)
+    check_ignored(ignore, [linear.name for linear in linears])
+    for linear in linears:
         reason = misfit(linear.name, linear.weight.shape[1], chosen, ignore)
+        if reason is None and linear.elsewhere:
+            reason = SHARED
         if reason is None:
             wanted.append(linear)
         else:
@@ -117,11 +134,20 @@ def compress_onnx(
     if not wanted:
         raise ModelError(f"{path} has no linear layer that groups of {chosen.group_size} fit.")
     layers: dict[str, BSRLayer] = {}
-    for done, (linear, moments) in enumerate(_moments(graph, wanted, calibration)):
-        say("compressing layers", done, len(wanted))
-        weight = torch.from_numpy(np.ascontiguousarray(linear.weight, np.float32))
-        (found,) = compress_rows([weight], moments, [chosen.target], chosen, [linear.name])
-        layers[linear.name] = to_layer(linear.name, found)
+    walk = GraphWalk(graph, calls)
+    for members in _groups(wanted):
+        say("compressing layers", len(layers), len(wanted))
+        places = members[0].places
+        # What reads several values is needed by the first of its nodes, before the others have
+        # run: it is learnt from the dense graph.
+        moments = (walk if len(places) == 1 else GraphWalk(graph, calls)).moments(places)
+        weights = [torch.from_numpy(np.array(item.weight, np.float32)) for item in members]
+        targets, names = [chosen.target] * len(members), [item.name for item in members]
+        results = compress_rows(weights, moments, targets, chosen, names)
+        for linear, found in zip(members, results, strict=True):
+            layers[linear.name] = to_layer(linear.name, found)
+            for index in linear.reads:
+                walk.replace(index, found.decode().numpy())
     say("compressing layers", len(wanted), len(wanted))
     written = _rewrite(graph, wanted, layers)
     sparse = list(layers.values())
@@ -136,6 +162,7 @@ def compress_onnx(
         output=str(output),
         layers=tuple(layer_report(layer) for layer in sparse),
         dense=tuple(DenseLayer(*item) for item in sorted(dense.items())),
+        shared={},
         bits_per_weight=bits_per_weight(sparse),
         seconds=time.monotonic() - began,
     )
@@ -158,98 +185,96 @@ def _array(tensor: TensorProto, path: Path) -> Array:
     return np.array(read_tensor(tensor, path.resolve().parent), order="C")
 
 
-def _linears(graph: ModelProto) -> Iterator[_Linear]:
-    """List products by a constant matrix, or by one that is transposed; each weight once."""
+def _linears(graph: ModelProto) -> list[_Linear]:
+    """List constant matrices that the graph multiplies by, some of them through a transposition."""
     arrays = {
         tensor.name: numpy_helper.to_array(tensor)
         for tensor in graph.graph.initializer
-        if len(tensor.dims) == 2 and tensor.data_type == TensorProto.FLOAT
+        if len(tensor.dims) == 2 and all(tensor.dims) and tensor.data_type == TensorProto.FLOAT
     }
+    constants = {tensor.name for tensor in graph.graph.initializer}
     turned = {
         node.output[0]: node.input[0]
         for node in graph.graph.node
         if node.op_type == "Transpose" and node.input[0] in arrays
     }
-    seen: set[str] = set()
-    for node in graph.graph.node:
-        if node.domain not in ("", "ai.onnx") or node.op_type not in ("MatMul", "Gemm"):
+    # Matrix -> its products, by whether it is stored as [K, N] there.
+    products: dict[str, dict[bool, dict[int, str]]] = {}
+    elsewhere = {item.name for item in graph.graph.output}
+    for index, node in enumerate(graph.graph.node):
+        if node.output[0] in turned:
             continue
-        said = {item.name: helper.get_attribute_value(item) for item in node.attribute}
-        plain = said.get("alpha", 1.0) == 1.0 and said.get("beta", 1.0) == 1.0
-        if not plain or said.get("transA", 0):
-            continue
-        source, flip = node.input[1], not said.get("transB", 0)
-        if source in turned:
-            source, flip = turned[source], not flip
-        if source not in arrays:
-            continue
-        name = layer_name(source)
-        if name in seen:
-            continue  # a weight that several nodes share is left dense in the others
-        seen.add(name)
-        weight = arrays[source]
-        yield _Linear(node, name, node.input[0], weight.T if flip else weight)
+        # What multiplies constants is a constant too, and no layer.
+        flip = None if node.input and node.input[0] in constants else _product(node)
+        others = list(node.input)
+        if flip is not None:
+            source = others.pop(1)
+            if source in turned:
+                source, flip = turned[source], not flip
+            if source in arrays:
+                products.setdefault(source, {}).setdefault(flip, {})[index] = node.input[0]
+        elsewhere.update(others)
+    elsewhere |= {turned[name] for name in elsewhere & turned.keys()}
+    found: list[_Linear] = []
+    taken = _names(graph)
+    for source, uses in products.items():
+        flip, reads = next(iter(uses.items()))
+        weight = arrays[source].T if flip else arrays[source]
+        shared = source in elsewhere or len(uses) > 1
+        name = _unused(layer_name(source), {item.name for item in found}, taken)
+        found.append(_Linear(reads, name, weight, shared))
+    return found
 
 
-def _moments(
-    graph: ModelProto, linears: Sequence[_Linear], calibration: Sequence[Mapping[str, Array]]
-) -> Iterator[tuple[_Linear, Moments]]:
-    """Yield every layer with the moments of its inputs, running the graph as often as needed."""
-    start = 0
-    while start < len(linears):
-        stop, size = start, 0
-        while stop < len(linears):
-            size += 8 * linears[stop].weight.shape[1] ** 2
-            if size > _MOST_BYTES and stop > start:
-                break
-            stop += 1
-        part = linears[start:stop]
-        names = list(dict.fromkeys(linear.x for linear in part))
-        found = {name: MomentAccumulator() for name in names}
-        evaluator = _evaluator(graph, names)
-        for feeds in calibration:
-            try:
-                results = evaluator.run(None, dict(feeds))
-            except Exception as error:  # the evaluator has no errors of its own
-                raise ModelError(f"The graph cannot run on the calibration inputs: {error}.") from (
-                    error
-                )
-            for name, result in zip(names, results, strict=True):
-                found[name].add(torch.from_numpy(np.ascontiguousarray(result, np.float32)))
-        done = {name: accumulator.finish(name) for name, accumulator in found.items()}
-        for linear in part:
-            yield linear, done[linear.x]
-        start = stop
+def _names(graph: ModelProto) -> set[str]:
+    """Return the names of all values of a graph."""
+    named = {item.name for items in (graph.graph.input, graph.graph.initializer) for item in items}
+    return named.union(*(node.output for node in graph.graph.node))
 
 
-def _evaluator(graph: ModelProto, names: Sequence[str]) -> ReferenceEvaluator:
-    model = ModelProto()
-    model.CopyFrom(graph)
-    del model.graph.output[:]
-    model.graph.output.extend(
-        helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in names
-    )
-    return ReferenceEvaluator(model)
+def _unused(name: str, layers: Set[str], taken: Set[str]) -> str:
+    """Name a layer apart from the other layers, and its tensors from the graph's values."""
+    while name in layers or any(f"{name}.{part}" in taken for part in LAYER_TENSORS):
+        name += "_"
+    return name
+
+
+def _product(node: NodeProto) -> bool | None:
+    """Whether a product's second operand is [K, N]; None for nodes of another kind."""
+    if node.domain not in ("", "ai.onnx") or node.op_type not in ("MatMul", "Gemm"):
+        return None
+    said = {item.name: helper.get_attribute_value(item) for item in node.attribute}
+    plain = said.get("alpha", 1.0) == 1.0 and said.get("beta", 1.0) == 1.0
+    return not said.get("transB", 0) if plain and not said.get("transA", 0) else None
+
+
+def _groups(linears: Sequence[_Linear]) -> list[list[_Linear]]:
+    """Put together what multiplies the same values; in the order of the graph."""
+    found: dict[tuple[str, ...], list[_Linear]] = {}
+    for linear in sorted(linears, key=lambda linear: min(linear.reads)):
+        found.setdefault(tuple(name for _, name in linear.places), []).append(linear)
+    return list(found.values())
 
 
 def _rewrite(
     graph: ModelProto, linears: Sequence[_Linear], layers: Mapping[str, BSRLayer]
 ) -> ModelProto:
     """Put the compressed layers in the place of their nodes, and drop what nobody reads then."""
-    places = {linear.node.output[0]: linear for linear in linears}
+    places = {index: linear for linear in linears for index in linear.reads}
+    taken = _names(graph)
     nodes: list[NodeProto] = []
-    for node in graph.graph.node:
-        linear = places.get(node.output[0])
+    for index, node in enumerate(graph.graph.node):
+        linear = places.get(index)
         if linear is None:
             nodes.append(node)
             continue
         bias = node.input[2] if len(node.input) > 2 else ""
         target = f"{node.output[0]}_product" if bias else node.output[0]
-        nodes.append(sparse_op.node(layers[linear.name], linear.x, target))
+        while bias and target in taken:
+            target += "_"
+        nodes.append(sparse_op.node(layers[linear.name], node.input[0], target))
         if bias:
-            nodes.append(
-                helper.make_node("Add", [target, bias], [node.output[0]], f"{linear.name}.add")
-            )
+            nodes.append(helper.make_node("Add", [target, bias], [node.output[0]], f"{target}.add"))
     read = {name for node in nodes for name in node.input}
     read |= {item.name for item in graph.graph.output}
     nodes = [node for node in nodes if node.op_type != "Transpose" or set(node.output) & read]
@@ -258,7 +283,9 @@ def _rewrite(
     kept = [tensor for tensor in graph.graph.initializer if tensor.name in read]
     for layer in layers.values():
         kept += [numpy_helper.from_array(a, name) for name, a in layer_tensors(layer).items()]
-    inputs = [item for item in graph.graph.input if item.name not in {t.name for t in kept}]
+    # Old exporters list what is constant among the inputs.
+    constants = {tensor.name for tensor in graph.graph.initializer}
+    inputs = [item for item in graph.graph.input if item.name not in constants]
     new = helper.make_graph(nodes, graph.graph.name, inputs, list(graph.graph.output), kept)
     others = [item for item in graph.opset_import if item.domain not in ("", "ai.onnx")]
     model = complete_model(new, list(layers.values()), producer(), opset(graph))

@@ -26,6 +26,8 @@ class ModuleReport:
     layers : tuple of LayerReport
     dense : tuple of DenseLayer
         Linear layers and convolutions that are not compressed.
+    shared : dict of str to str
+        Layers that have the weight of a compressed one: its name by theirs.
     bits_per_weight : float
         Stored bits a weight of the compressed layers, with all indices and scales.
     seconds : float
@@ -36,6 +38,7 @@ class ModuleReport:
     output: str
     layers: tuple[LayerReport, ...]
     dense: tuple[DenseLayer, ...]
+    shared: dict[str, str]
     bits_per_weight: float
     seconds: float
 

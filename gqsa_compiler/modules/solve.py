@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 from fnmatch import fnmatchcase
+from textwrap import shorten
 
 import numpy as np
 from torch import Tensor
@@ -17,6 +18,7 @@ from gqsa_compiler.compress.solver.grouped import GroupedWeight
 from gqsa_compiler.errors import UsageError
 
 ON_PURPOSE = "left dense on purpose (`ignore`)"
+SHARED = "its weight is read in another way too (a tied embedding)"
 
 
 def module_recipe(recipe: PathText | Recipe) -> Recipe:
@@ -46,6 +48,22 @@ def misfit(name: str, features: int, recipe: Recipe, ignore: Sequence[str]) -> s
     if features // recipe.group_size > 65536:
         return f"its {features} inputs have more groups than an index counts"
     return None
+
+
+def check_ignored(ignore: Sequence[str], names: Collection[str]) -> None:
+    """Check that every pattern of `ignore` names a layer.
+
+    Raises
+    ------
+    UsageError
+        One names none.
+    """
+    for pattern in ignore:
+        if not any(fnmatchcase(name, pattern) for name in names):
+            raise UsageError(
+                f"No linear layer is called {pattern!r}, which is to be left dense; there are "
+                f"{shorten(', '.join(names), 200, placeholder=' ...')}."
+            )
 
 
 def block_diagonal(name: str, parts: Sequence[GroupedWeight]) -> BSRLayer:

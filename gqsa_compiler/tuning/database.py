@@ -96,21 +96,23 @@ class Database:
         GqsaError
             The disk is full, or a file cannot be written. Records before are as they were.
         """
-        by_file: dict[Path, list[Entry]] = {}
-        for entry in entries:
-            by_file.setdefault(self.directory / entry.target.file, []).append(entry)
-        for path, some in by_file.items():
+        for path, some in self._by_file(entries).items():
             append_file(path, some)
+
+    def append_new(self, *entries: Entry) -> int:
+        """Add the records that are not here, and return their number; else as `append`."""
+        by_file = self._by_file(entries)
+        return sum(append_file(path, some, new_only=True) for path, some in by_file.items())
 
     def merge(self, other: Database) -> int:
         """Add the records of another database that are not here, and return their number."""
-        added = 0
-        for path in other.files():
-            entries = read_file(path).entries
-            for file in sorted({entry.target.file for entry in entries}):
-                mine = [entry for entry in entries if entry.target.file == file]
-                added += append_file(self.directory / file, mine, new_only=True)
-        return added
+        return sum(self.append_new(*read_file(path).entries) for path in other.files())
+
+    def _by_file(self, entries: Iterable[Entry]) -> dict[Path, list[Entry]]:
+        found: dict[Path, list[Entry]] = {}
+        for entry in entries:
+            found.setdefault(self.directory / entry.target.file, []).append(entry)
+        return found
 
     def prune(self, drop: Iterable[Entry]) -> int:
         """Remove some records, and lines that cannot be read.

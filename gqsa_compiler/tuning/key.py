@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gqsa_compiler.runtime.cpus import host_arch
+from gqsa_compiler.runtime.gpus import Driver, open_driver
 from gqsa_compiler.targets import TargetSpec
 
 if TYPE_CHECKING:
@@ -23,7 +24,9 @@ if TYPE_CHECKING:
 _PACKAGE = "gqsa_compiler"
 _KERNELS = ("gqsa_compiler.schedules", "gqsa_compiler.passes.cpu_code")
 """What a kernel's code comes from, of all that its rule's module imports."""
+_GPU = "gqsa_compiler.schedules.cuda."
 _LOWERING = "gqsa_compiler.passes.cpu_code"
+_GPU_LOWERING = (f"{_GPU}lowering", f"{_GPU}nvcc")
 
 
 @dataclass(frozen=True)
@@ -36,7 +39,7 @@ class TargetKey:
         As `TargetSpec` has them.
     features : tuple of str
     chip : str
-        The machine's processor, see `host_chip`.
+        The machine's processor, see `host_chip`; of a GPU `gpu_chip`.
     tvm : str
         Release of TVM that generated the code.
     """
@@ -100,6 +103,22 @@ def host_chip(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
     return slug(host_arch())
 
 
+def gpu_chip(driver: Driver | None = None) -> str:
+    """Name this machine's first GPU: ``nvidia-h100-80gb-hbm3``.
+
+    Parameters
+    ----------
+    driver : Driver or None
+        NVIDIA's; None: it is loaded.
+
+    Raises
+    ------
+    ArtefactError
+        There is no driver, or no GPU.
+    """
+    return slug((driver or open_driver()).name(0))
+
+
 def source_hash(rule: ScheduleRule[Any]) -> str:
     """Hash the sources that a rule's kernels are made of.
 
@@ -117,7 +136,7 @@ def source_hash(rule: ScheduleRule[Any]) -> str:
 @functools.lru_cache(maxsize=64)
 def _module_hash(module: str) -> str:
     found: dict[str, str] = {}
-    waiting = [module, _LOWERING]
+    waiting = [module, *(_GPU_LOWERING if module.startswith(_GPU) else (_LOWERING,))]
     while waiting:
         name = waiting.pop()
         if name in found:

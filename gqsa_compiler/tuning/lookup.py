@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from gqsa_compiler.errors import UsageError
+from gqsa_compiler.errors import ArtefactError, UsageError
 from gqsa_compiler.schedules.choice import Choice
 from gqsa_compiler.schedules.rule import KernelConfig, ScheduleRule
 from gqsa_compiler.schedules.spec import LinearSpec
 from gqsa_compiler.targets import TargetSpec
 from gqsa_compiler.tuning.database import Database, read_file
-from gqsa_compiler.tuning.key import TargetKey, host_chip, source_hash
+from gqsa_compiler.tuning.key import TargetKey, gpu_chip, host_chip, slug, source_hash
 from gqsa_compiler.tuning.records import Trial, config_key
 
 FARTHEST = 2.0
@@ -172,8 +173,8 @@ def open_tuned(
         The user's.
     target : TargetSpec
     chip : str or None
-        The processor; None: this machine's for the target ``cpu``, for others the one that the
-        user's database has measurements of.
+        The processor; None: this machine's for the target ``cpu``, its GPU for ``cuda``, for others
+        the one that the user's database has measurements of.
     portable : bool
         See `Tuned`.
 
@@ -181,7 +182,7 @@ def open_tuned(
     ------
     UsageError
         There is no such directory, or it has measurements of several processors for the target
-        and `chip` does not say which is meant.
+        and `chip` does not say which is meant; or nothing was measured on `chip`.
     """
     mine: Iterable[Trial] = ()
     if directory is not None:
@@ -192,14 +193,22 @@ def open_tuned(
                 f"{directory}."
             )
         mine = Database(directory).read().trials
-    chip = chip or _chip(mine, target, directory)
     known = [Known(trial, 0) for trial in mine] + [Known(trial, 1) for trial in shipped()]
+    if chip:
+        chips = sorted({entry.trial.target.chip for entry in known})
+        if slug(chip) not in chips:
+            remedy = f"choose one of {', '.join(chips)}" if chips else "gqsa tune measures"
+            raise UsageError(f"Nothing was measured on a processor called {chip}; {remedy}.")
+    chip = slug(chip) if chip else _chip(mine, target, directory)
     return Tuned(known, chip, portable)
 
 
 def _chip(mine: Iterable[Trial], target: TargetSpec, directory: str | Path | None) -> str | None:
     if target.name == "cpu":
         return host_chip()
+    if target.name == "cuda":
+        with suppress(ArtefactError):  # without a GPU, the one of the database
+            return gpu_chip()
     chips = sorted({t.target.chip for t in mine if t.target == TargetKey.of(target, t.target.chip)})
     if len(chips) > 1:
         raise UsageError(

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal, get_args
@@ -23,6 +24,7 @@ STATUSES: tuple[Status, ...] = get_args(Status)
 MOST_LINE = 1 << 20
 """Bytes of a line; longer ones are not ours."""
 _MOST_TEXT = 2000
+_MOST_RATIO = 1e15  # of two times that were measured; at least its inverse
 
 Number = int | float | str | bool | None | list[Any]
 
@@ -152,7 +154,7 @@ def from_line(line: bytes) -> Entry | None:
     if len(line) > MOST_LINE:
         raise ValueError("the line is too long")
     try:
-        data = json.loads(line)
+        data = json.loads(line, parse_float=_read_float, parse_constant=_read_float)
     except RecursionError:
         raise ValueError("nested too deeply") from None
     if not isinstance(data, dict) or not isinstance(data.get("type"), str):
@@ -174,19 +176,20 @@ def _trial(data: dict[str, Any]) -> Trial:
     ratio = data["ratio"]
     if status == "ok":
         ratio = _positive(ratio)
-    config = data["config"]
-    if not isinstance(config, dict) or type(data["best"]) is not bool:
-        raise ValueError("config or best is wrong")
+        if not 1 / _MOST_RATIO <= ratio <= _MOST_RATIO:
+            raise ValueError(f"{ratio} is no ratio of two times")
+    if type(data["best"]) is not bool:
+        raise ValueError("best is neither true nor false")
     trial = Trial(
         target=_target(data["target"]),
-        kernels=_text(data["kernels"]),
-        producer=_text(data["producer"]),
-        rule=_text(data["rule"]),
+        kernels=_word(data["kernels"]),
+        producer=_word(data["producer"]),
+        rule=_word(data["rule"]),
         layout_version=int(data["layout_version"]),
         spec=spec,
         density=_finite(data["density"]),
         rows=tuple(int(count) for count in data["rows"]),
-        config=config,
+        config=_config(data["config"]),
         status=status,
         message=_text(data["message"]),
         calls={int(k): _positive(v) for k, v in data["calls"].items()},
@@ -195,11 +198,13 @@ def _trial(data: dict[str, Any]) -> Trial:
         noise=_finite(data["noise"]),
         best=data["best"],
         machine={_text(k): _text(v) for k, v in data["machine"].items()},
-        session=_text(data["session"]),
+        session=session_name(data["session"]) if data["session"] else "",
         time=_text(data["time"]),
     )
     if trial.density > 1.0:
         raise ValueError("density is above 1")
+    if trial.seconds.keys() - trial.calls.keys():
+        raise ValueError("a time is of a call that the workload does not have")
     if len(trial.rows) > 1000 or len(trial.calls) > 100 or len(trial.seconds) > 100:
         raise ValueError("a list is too long")
     return trial
@@ -209,9 +214,11 @@ def _session(data: dict[str, Any]) -> SessionStart:
     tasks = data["tasks"]
     if not isinstance(tasks, list) or not all(isinstance(task, dict) for task in tasks):
         raise ValueError("tasks is not a list of objects")
+    for task in tasks:
+        _check_task(task)
     return SessionStart(
         target=_target(data["target"]),
-        session=_text(data["session"]),
+        session=session_name(data["session"]),
         model=_text(data["model"]),
         prompt=int(data["prompt"]),
         gen=int(data["gen"]),
@@ -221,15 +228,65 @@ def _session(data: dict[str, Any]) -> SessionStart:
     )
 
 
+def session_name(value: object) -> str:
+    """Return a session's name, which names a file too.
+
+    Raises
+    ------
+    ValueError
+        It is none: it has other signs than letters, digits and ``._-``, or begins with a dot.
+    """
+    text = _text(value)
+    if not re.fullmatch(r"[\w-][\w.-]{0,199}", text, re.ASCII):
+        raise ValueError(f"{text[:40]!r} is not a session's name")
+    return text
+
+
+def _check_task(task: Mapping[str, Any]) -> None:
+    """Check what a session's record says of a task, as far as it says it."""
+    for name in ("name", "rule", "spec"):
+        _text(task.get(name, ""))
+    for name in ("n", "k", "layers", "bytes", "share", "density"):
+        _finite(task.get(name, 0))
+
+
 def _target(data: Mapping[str, Any]) -> TargetKey:
-    words = {name: _text(data[name]) for name in ("kind", "arch", "cpu", "chip", "tvm")}
-    return TargetKey(features=tuple(_text(f) for f in data["features"]), **words)
+    words = {name: _word(data[name]) for name in ("kind", "arch", "cpu", "chip", "tvm")}
+    return TargetKey(features=tuple(_word(f) for f in data["features"]), **words)
+
+
+def _config(data: object) -> dict[str, Number]:
+    """Check a configuration's fields: numbers, words, and lists of them."""
+    if not isinstance(data, dict):
+        raise ValueError("config is no object")
+    for name, value in data.items():
+        _word(name)
+        for item in value if isinstance(value, list) else [value]:
+            if not isinstance(item, bool | int | float | None):
+                _word(item)
+    return data
 
 
 def _text(value: object) -> str:
     if not isinstance(value, str) or len(value) > _MOST_TEXT:
         raise ValueError(f"{str(value)[:40]!r} is not a short text")
     return value
+
+
+def _word(value: object) -> str:
+    """Return a text that a terminal can be shown."""
+    text = _text(value)
+    if not text.isprintable():
+        raise ValueError(f"{text[:40]!r} cannot be printed")
+    return text
+
+
+def _read_float(text: str) -> float:
+    """Read a number of JSON with a fraction; NaN and infinity, which JSON has not, are none."""
+    number = float(text)
+    if not math.isfinite(number):
+        raise ValueError(f"{text} is no number")
+    return number
 
 
 def _finite(value: object) -> float:

@@ -39,6 +39,11 @@ class _Task:
         return next((t for t in self.trials if t.best), None)
 
     @property
+    def tried(self) -> int:
+        """How many configurations were tried besides the default."""
+        return len(self.trials) - (self.default is not None)
+
+    @property
     def best(self) -> Trial | None:
         """The last new best."""
         return next((t for t in reversed(self.trials) if t.best), None)
@@ -92,7 +97,8 @@ def render(database: Database, session: str) -> str:
 
 
 def _of(facts: Mapping[str, Any], trials: Sequence[Trial]) -> list[Trial]:
-    return [t for t in trials if t.spec.to_json() == facts.get("spec") and t.rule == facts["rule"]]
+    own = facts.get("spec"), facts.get("rule")
+    return [trial for trial in trials if (trial.spec.to_json(), trial.rule) == own]
 
 
 def _gain(tasks: Sequence[_Task]) -> float:
@@ -109,7 +115,7 @@ def _tiles(tasks: Sequence[_Task], trials: Sequence[Trial]) -> list[tuple[str, s
     failed = sum(trial.status != "ok" for trial in trials)
     return [
         ("workload's linear layers, times faster", f"{_gain(tasks):.3f}×"),
-        ("trials", str(len(trials))),
+        ("trials", str(sum(task.tried for task in tasks))),
         ("failed", str(failed)),
     ]
 
@@ -147,7 +153,7 @@ def _gains(tasks: Sequence[_Task]) -> Section:
                 str(task.facts.get("rule", "")),
                 str(task.layers),
                 f"{float(task.facts.get('share', 0.0)):.1%}",
-                str(len(task.trials)),
+                str(task.tried),
                 "" if default is None else _times(default),
                 "" if best is None else _times(best),
                 "" if best is None else f"{1 / (best.ratio or 1.0):.3f}× ± {best.noise:.3f}",
@@ -205,7 +211,7 @@ def _roofline(tasks: Sequence[_Task], bandwidth: float) -> Section | None:
         flops = ""
         most = max(best.seconds)
         if most > 1:
-            work = 2.0 * float(task.facts["n"]) * float(task.facts["k"]) * most
+            work = 2.0 * float(task.facts.get("n", 0)) * float(task.facts.get("k", 0)) * most
             flops = f"{work * best.density / best.seconds[most] / 1e9:.1f}"
         rows.append((task.name, bytes_text(size), f"{bytes_text(rate)}/s", share, flops))
     if not bars:

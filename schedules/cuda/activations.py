@@ -3,7 +3,8 @@
 ``float16``: a token is multiplied by the power of two that brings its largest magnitude to 256 or
 more, but below 512. Eight products with a weight's code less its zero point, at most 15, then sum
 up to less than the largest half, and numbers down to 2^-23 of the largest keep all their bits:
-what was a bfloat16 loses nothing. ``int16``: as `schedules.reference.quantise_tokens`.
+what was a bfloat16 loses nothing. Codes of 8 bits, at most 255 from their zero point, take 16 to
+32, and 2^-19 of the largest. ``int16``: as `schedules.reference.quantise_tokens`.
 """
 
 from __future__ import annotations
@@ -31,8 +32,10 @@ from gqsa_compiler.schedules.generic.function import Arguments
 from gqsa_compiler.schedules.reference import QUANT_TINY
 from gqsa_compiler.schedules.spec import LinearSpec
 
-PEAK_BITS = 8
-"""The largest magnitude of a token of halves is 2^8 or more and below 2^9."""
+
+def peak_bits(spec: LinearSpec) -> int:
+    """Return p: the largest magnitude of a token of halves is 2^p or more and below 2^(p + 1)."""
+    return 4 if spec.bits == 8 else 8
 
 
 @dataclass(frozen=True)
@@ -47,11 +50,14 @@ class Activations:
         int32 [tile * K / piece], shared: int16 activations summed over each piece.
     factors : Buffer
         float32 [tile], shared: what a token's finished sums are multiplied by.
+    lane_start : Buffer or None
+        `weights.Unit.lane_start`, once it is known.
     """
 
     values: Buffer
     sums: Buffer | None
     factors: Buffer
+    lane_start: Buffer | None = None
 
 
 @dataclass(frozen=True)
@@ -193,10 +199,11 @@ class Prologue:
             return multiplier, B.bind(B.Select(usable, peak / limit, zero))
         bits = B.bind(B.Cast("int32", B.shift_right(B.reinterpret("uint32", peak), u32(23))))
         # 2^(8 - e) and 2^(e - 8) must be normal numbers.
-        low, high = const(PEAK_BITS + 1, "int32"), const(253, "int32")
+        peak_at = peak_bits(spec)
+        low, high = const(peak_at + 1, "int32"), const(253, "int32")
         exponent = B.bind(B.max(B.min(bits, high), low))
-        up = B.shift_left(const(254 + PEAK_BITS, "int32") - exponent, const(23, "int32"))
-        down = B.shift_left(exponent - const(PEAK_BITS, "int32"), const(23, "int32"))
+        up = B.shift_left(const(254 + peak_at, "int32") - exponent, const(23, "int32"))
+        down = B.shift_left(exponent - const(peak_at, "int32"), const(23, "int32"))
         return B.bind(B.reinterpret("float32", up) * norm), B.bind(B.reinterpret("float32", down))
 
     def _convert(
@@ -204,7 +211,7 @@ class Prologue:
     ) -> None:
         """Emit the rounding of a token: a chunk a thread, or where sums are kept a piece."""
         spec = self.spec
-        piece = StreamLayout(spec.group_size).piece
+        piece = StreamLayout.of(spec).piece
         size = CHUNK if sums is None else piece
         multiplier = load(register(load(multipliers, token), "float32"), 0)
         with self._each(size, token, multiplier) as (at, numbers):
@@ -213,8 +220,8 @@ class Prologue:
             for chunk in range(size // CHUNK):
                 pairs = ((0, 1), (2, 3), (4, 5), (6, 7))
                 if sums is not None:
-                    # Products are taken of bytes 0 and 1, 2 and 3 of the even nibbles, then of
-                    # the odd ones (`layout.ELEMENTS`).
+                    # Products are taken of codes' bytes 0 and 1, then 2 and 3
+                    # (`StreamLayout.place_of`).
                     pairs = ((0, 4), (1, 5), (2, 6), (3, 7))
                 for word, pair in enumerate(pairs):
                     low, high = (load(numbers, 2 * (chunk * CHUNK + i) + 1) for i in pair)
@@ -222,7 +229,7 @@ class Prologue:
                         packed = B.bind(device_call("gqsa_half2", "uint32", low, high))
                     else:
                         packed = B.bind(device_call("gqsa_short2", "uint32", low, high))
-                        ones = u32(0x0101)
+                        ones = u32(0x0101)  # as codes
                         more = device_call("gqsa_dp2a_lo", "int32", packed, ones, load(total, 0))
                         store(total, more, 0)
                     store(words, packed, word)

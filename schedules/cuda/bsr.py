@@ -1,4 +1,4 @@
-"""Sparse INT4 linear layers on NVIDIA GPUs."""
+"""Sparse linear layers of 2, 3, 4 and 8 bits on NVIDIA GPUs."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from gqsa_compiler.schedules.cuda import config as configs
 from gqsa_compiler.schedules.cuda import gemm, gemv, pack
 from gqsa_compiler.schedules.cuda.arch import ARCHES, arch_of
 from gqsa_compiler.schedules.cuda.config import CudaConfig, tiles_of
-from gqsa_compiler.schedules.cuda.layout import COLUMN_BITS
+from gqsa_compiler.schedules.cuda.layout import COLUMN_BITS, StreamLayout
 from gqsa_compiler.schedules.generic.emit import int64
 from gqsa_compiler.schedules.generic.function import Arguments, kernel
 from gqsa_compiler.schedules.reference import decode
@@ -24,15 +24,20 @@ from gqsa_compiler.schedules.spec import LinearSpec, ParamSpec
 from gqsa_compiler.targets import TargetSpec
 
 
-class CudaBsrInt4(ScheduleRule[CudaConfig]):
-    """Codes of 4 bits; those of 2 and 3 are widened to 4 when packing.
+class CudaBsr(ScheduleRule[CudaConfig]):
+    """Base of the rules, one for each size of a packed code.
 
     Activations are rounded to float16 (with a power of two a token) or to int16; sums are float32,
-    after at most eight products in halves, or exact up to 32 products in integers.
+    after at most eight products in halves, or exact up to 64 products in integers.
+
+    Attributes
+    ----------
+    code_bits : int
+        Bits that a packed code takes.
     """
 
-    name: ClassVar[str] = "cuda.bsr_int4"
-    layout_version: ClassVar[int] = 1
+    layout_version: ClassVar[int] = 2
+    code_bits: ClassVar[int]
 
     def code_key(self, spec: LinearSpec) -> LinearSpec:
         """Return what the code depends on: the bits only where the zero point follows from them.
@@ -40,7 +45,7 @@ class CudaBsrInt4(ScheduleRule[CudaConfig]):
         All extents that depend on the number of groups are symbolic, also where all are kept.
         """
         key = replace(spec, nnz=0)
-        return key if spec.symmetric else replace(key, weight_dtype="int4")
+        return key if spec.symmetric else replace(key, weight_dtype=f"int{self.code_bits}")
 
     def packed_by(self, config: CudaConfig) -> Hashable:
         """Return what of a configuration `pack` depends on."""
@@ -52,7 +57,7 @@ class CudaBsrInt4(ScheduleRule[CudaConfig]):
             return False
         return (
             spec.weight == "bsr"
-            and spec.bits in (2, 3, 4)
+            and StreamLayout.of(spec).code_bits == self.code_bits
             and spec.activation_dtype in ("float16", "int16")
             and spec.k // spec.group_size <= 1 << COLUMN_BITS
             and len(self.space(spec, target)) > 0
@@ -95,6 +100,27 @@ class CudaBsrInt4(ScheduleRule[CudaConfig]):
             _dispatch(spec, config, args, tiles)
 
         return kernel(spec, self.params(spec, config), body)
+
+
+class CudaBsrInt2(CudaBsr):
+    """Codes of 2 bits, from G = 16 on."""
+
+    name: ClassVar[str] = "cuda.bsr_int2"
+    code_bits: ClassVar[int] = 2
+
+
+class CudaBsrInt4(CudaBsr):
+    """Codes of 4 bits; those of 3, and those of 2 in groups of 8, are widened when packing."""
+
+    name: ClassVar[str] = "cuda.bsr_int4"
+    code_bits: ClassVar[int] = 4
+
+
+class CudaBsrInt8(CudaBsr):
+    """Codes of 8 bits."""
+
+    name: ClassVar[str] = "cuda.bsr_int8"
+    code_bits: ClassVar[int] = 8
 
 
 def _dispatch(

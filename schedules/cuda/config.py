@@ -22,7 +22,7 @@ LEAST_TILES = 4
 
 @dataclass(frozen=True)
 class CudaConfig(KernelConfig):
-    """Configuration of `cuda.bsr_int4`.
+    """Configuration of the sparse rules.
 
     Parameters
     ----------
@@ -39,7 +39,7 @@ class CudaConfig(KernelConfig):
     scale_bits : int
         16: scales as they are, relative to a power of two of the row. 8: three bits of exponent
         and five of mantissa, relative to the row's largest; off by 1.6 % at most, and 8 bits less
-        a kept group.
+        a kept group. Not for codes of 8 bits, which are themselves off by less.
     """
 
     blocks: int
@@ -108,6 +108,42 @@ MANY_TOKENS = GemmTile(128, 64, 32, 32)
 """For more: 101376 bytes, all that a block has on a small GPU."""
 
 
+@dataclass(frozen=True)
+class DenseTile(GemmTile):
+    """Outputs that a block of the dense kernel for many tokens computes.
+
+    Parameters
+    ----------
+    step : int
+        Columns that are fetched together.
+    stages : int
+        Steps that shared memory holds.
+    terms : int
+        Numbers that a token's value is the sum of.
+    """
+
+    step: int
+    stages: int
+    terms: int = 1
+
+    @property
+    def stride(self) -> int:
+        """Words from one token or row to the next in shared memory: four banks further on."""
+        return self.step // 2 + 4
+
+    def shared_parts(self) -> dict[str, int]:
+        """List what the kernel keeps in shared memory, in 4-byte words."""
+        size = self.stages * self.stride
+        return {"tokens": self.terms * self.tokens * size, "rows": self.rows * size}
+
+
+FEW_DENSE = DenseTile(64, 32, 32, 16, step=64, stages=4)
+"""For 9 to 64 tokens. 54 kB of shared memory, 90 kB with two terms."""
+MANY_DENSE = DenseTile(128, 128, 64, 64, step=32, stages=3)
+"""For more: 60 kB, or 90 kB. For a product, warps of 64 x 64 read a third less from shared memory
+than those of 64 x 32, and that is what limits a GPU whose tensor cores are quick."""
+
+
 def blocks_of(spec: LinearSpec, config: CudaConfig, units: int) -> int:
     """Return how many blocks a layer of so many units is cut into.
 
@@ -121,16 +157,20 @@ def blocks_of(spec: LinearSpec, config: CudaConfig, units: int) -> int:
 
 def shared_parts(spec: LinearSpec, config: CudaConfig, tile: int) -> dict[str, int]:
     """List what the decode kernel keeps in shared memory for a tile of tokens, in 4-byte words."""
-    pieces = spec.k // StreamLayout(spec.group_size).piece
+    pieces = spec.k // StreamLayout.of(spec).piece
     return {
+        "values": tile * spec.k // 2,  # first: its pieces are whole multiples of their size
         "sums": tile * (BLOCK_ROWS + config.warps),  # of rows, one a warp that has some of it
         "flags": 2,
-        "values": tile * spec.k // 2,
         "value_sums": tile * pieces if spec.activation_dtype == "int16" else 0,
-        "multipliers": tile,
         "factors": tile,
-        "partial": 2 * tile * config.warps,
+        **measure_parts(tile, config.warps),
     }
+
+
+def measure_parts(tile: int, warps: int) -> dict[str, int]:
+    """List what finding a tile of tokens' scales takes, in 4-byte words."""
+    return {"multipliers": tile, "partial": 2 * tile * warps}
 
 
 def shared_bytes(spec: LinearSpec, config: CudaConfig, tile: int) -> int:
@@ -147,11 +187,13 @@ def space(spec: LinearSpec, arch: Arch) -> tuple[CudaConfig, ...]:
     """List the configurations worth trying; the first is the default.
 
     A processor holds 1536 (compute capability 8.6, 8.9) or 2048 threads and 65536 registers: 32
-    warps of 64 registers, or 24 of 80, which integers need with two tiles on their way.
+    warps of 64 registers, or 24 of 80, which integers need with two tiles on their way, 20 of 96
+    where a piece has more than 16 inputs, and 16 of 128 where it has 64.
     """
+    bits: tuple[Literal[8, 16], ...] = (16,) if spec.bits == 8 else (16, 8)
     found = [
         CudaConfig(arch.processors * resident, warps, resident, depth, scale_bits)
-        for scale_bits in (16, 8)
+        for scale_bits in bits
         for depth in (2, 1)
         for warps, resident in _shapes(spec, depth)
     ]
@@ -161,5 +203,10 @@ def space(spec: LinearSpec, arch: Arch) -> tuple[CudaConfig, ...]:
 def _shapes(spec: LinearSpec, depth: int) -> tuple[tuple[int, int], ...]:
     """List warps of a block and blocks of a processor."""
     if spec.activation_dtype == "int16" and depth == 2:
+        chunks = StreamLayout.of(spec).chunks
+        if chunks > 4:
+            return (8, 2), (16, 1), (4, 4)
+        if chunks > 2:
+            return (10, 2), (20, 1), (5, 4)
         return (12, 2), (24, 1), (8, 3)
     return (16, 2), (32, 1), (8, 4)

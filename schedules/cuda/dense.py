@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any, ClassVar
 
 import numpy as np
 import numpy.typing as npt
 
 from gqsa_compiler._tvm import B
+from gqsa_compiler.schedules.cuda import dense_gemm
 from gqsa_compiler.schedules.cuda.arch import ARCHES
+from gqsa_compiler.schedules.cuda.config import FEW_DENSE, MANY_DENSE
 from gqsa_compiler.schedules.cuda.device import register, registers, u32
 from gqsa_compiler.schedules.cuda.launch import i32
-from gqsa_compiler.schedules.cuda.norm import normalise
-from gqsa_compiler.schedules.cuda.row_gemv import SPACE, RowConfig, dispatch
+from gqsa_compiler.schedules.cuda.row_gemv import SPACE, TILES, RowConfig, dispatch
 from gqsa_compiler.schedules.generic.dense import stack_dense
 from gqsa_compiler.schedules.generic.emit import Buffer, Expr, const, int64, load, store
 from gqsa_compiler.schedules.generic.function import Arguments, kernel
@@ -28,9 +28,11 @@ _UNIT = 8
 
 
 class CudaDense(ScheduleRule[RowConfig]):
-    """Dense float weights, float32 activations and sums.
+    """Dense float weights, float32 sums.
 
-    Every 8 tokens read the weights once, so a prompt takes longer than with tensor cores.
+    Up to 8 tokens: float32 activations, and the weights are read once. More: tensor cores, with
+    activations rounded to halves, or for bfloat16 weights to 16 bits (`dense_gemm`); for float32
+    weights the first kernel again, 8 tokens at a time.
     """
 
     name: ClassVar[str] = "cuda.dense"
@@ -68,19 +70,38 @@ class CudaDense(ScheduleRule[RowConfig]):
         """Return the scheduled PrimFunc; see `ScheduleRule.build` for its arguments."""
 
         def body(args: Arguments) -> None:
-            x = args.x
-            if args.norm is not None and spec.norm_eps is not None:
-                x = B.alloc_buffer((args.tokens, spec.k), "float32")
-                normalise(args.x, args.norm, None, x, args.tokens, spec.k, spec.norm_eps)
-            inner = replace(spec, norm_eps=None)
-            weights = _Weights.of(spec, args.params["weight"])
-
-            def step(row: Expr, tokens: list[Expr], unit: Expr) -> list[Expr]:
-                return _dot(weights, x, row, tokens, unit)
-
-            dispatch(inner, config, args, spec.k // _UNIT, step, None)
+            if spec.weight_dtype == "float32":
+                _row_by_row(spec, config, args)
+                return
+            with B.If(args.tokens <= int64(TILES[-1])):
+                with B.Then():
+                    _row_by_row(spec, config, args)
+                with B.Else():
+                    _on_tensor_cores(spec, args)
 
         return kernel(spec, self.params(spec, config), body)
+
+
+def _row_by_row(spec: LinearSpec, config: RowConfig, args: Arguments) -> None:
+    """Emit the launches for few tokens."""
+    weights = _Weights.of(spec, args.params["weight"])
+
+    def step(
+        rows: list[Expr], tokens: list[Expr], unit: Expr
+    ) -> tuple[list[list[Expr]], list[Expr]]:
+        return _dot(weights, args, rows, tokens, unit)
+
+    dispatch(spec, config, args, spec.k // _UNIT, step)
+
+
+def _on_tensor_cores(spec: LinearSpec, args: Arguments) -> None:
+    """Emit the launches for many tokens."""
+    x = dense_gemm.Terms.emit(spec, args)
+    with B.If(args.tokens <= int64(FEW_DENSE.tokens)):
+        with B.Then():
+            dense_gemm.launch(spec, args, FEW_DENSE, x)
+        with B.Else():
+            dense_gemm.launch(spec, args, MANY_DENSE, x)
 
 
 class _Weights:
@@ -118,16 +139,35 @@ class _Weights:
         return B.Cast("float32", B.reinterpret("float16", B.Cast("uint16", half)))
 
 
-def _dot(weights: _Weights, x: Buffer, row: Expr, tokens: list[Expr], unit: Expr) -> list[Expr]:
-    values = weights.load(row, unit)
-    products = []
+def _dot(
+    weights: _Weights, args: Arguments, rows: list[Expr], tokens: list[Expr], unit: Expr
+) -> tuple[list[list[Expr]], list[Expr]]:
+    values = [weights.load(row, unit) for row in rows]
     column = B.bind(unit * i32(_UNIT))
+    norm = None if args.norm is None else _eight(args.norm, column)
+    products: list[list[Expr]] = [[] for _ in rows]
+    squares: list[Expr] = []
     for token in tokens:
-        inputs = registers(_UNIT)
-        for i in range(0, _UNIT, 4):
-            store(inputs, load(x, token, column + i32(i), lanes=4), i32(i), lanes=4)
-        total = register(const(0.0, "float32"), "float32")
-        for i in range(_UNIT):
-            store(total, load(total, 0) + load(values, i) * load(inputs, i), 0)
-        products.append(load(total, 0))
-    return products
+        inputs = _eight(args.x, token, column)
+        if norm is not None:
+            square = register(const(0.0, "float32"), "float32")
+            for i in range(_UNIT):
+                value = B.bind(load(inputs, i))
+                store(square, load(square, 0) + value * value, 0)
+                store(inputs, value * load(norm, i), i)
+            squares.append(load(square, 0))
+        for row_values, row_products in zip(values, products, strict=True):
+            total = register(const(0.0, "float32"), "float32")
+            for i in range(_UNIT):
+                store(total, load(total, 0) + load(row_values, i) * load(inputs, i), 0)
+            row_products.append(load(total, 0))
+    return products, squares
+
+
+def _eight(buffer: Buffer, *at: Expr) -> Buffer:
+    """Emit the load of eight floats from a place on."""
+    held = registers(_UNIT)
+    for i in range(0, _UNIT, 4):
+        place = (*at[:-1], at[-1] + i32(i))
+        store(held, load(buffer, *place, lanes=4), i32(i), lanes=4)
+    return held

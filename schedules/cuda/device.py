@@ -15,7 +15,24 @@ from gqsa_compiler.schedules.generic.emit import Buffer, Expr, const, load, stor
 
 _DEVICE = "__device__ __forceinline__"
 _HALF2 = "*reinterpret_cast<half2*>"
-_MMA = "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32"
+
+
+def _mma(name: str, dtype: str) -> str:
+    """Write the helper for 16 x 16 numbers times 16 x 8, added to 16 x 8 floats.
+
+    PTX ISA, "mma.m16n8k16", has the lanes'.
+    """
+    instruction = f"mma.sync.aligned.m16n8k16.row.col.f32.{dtype}.{dtype}.f32"
+    return f"""
+{_DEVICE} void {name}(float* d, unsigned a0, unsigned a1, unsigned a2, unsigned a3,
+                        unsigned b0, unsigned b1) {{
+  asm volatile("{instruction} {{%0,%1,%2,%3}}, {{%4,%5,%6,%7}}, {{%8,%9}}, {{%0,%1,%2,%3}};"
+      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+      : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+}}
+"""
+
+
 _SOURCES = {
     "gqsa_hfma2": f"""
 {_DEVICE} unsigned gqsa_hfma2(unsigned a, unsigned b, unsigned c) {{
@@ -23,9 +40,9 @@ _SOURCES = {
   return *reinterpret_cast<unsigned*>(&d);
 }}
 """,
-    "gqsa_hadd2": f"""
-{_DEVICE} unsigned gqsa_hadd2(unsigned a, unsigned b) {{
-  half2 d = __hadd2({_HALF2}(&a), {_HALF2}(&b));
+    "gqsa_hsub2": f"""
+{_DEVICE} unsigned gqsa_hsub2(unsigned a, unsigned b) {{
+  half2 d = __hsub2({_HALF2}(&a), {_HALF2}(&b));
   return *reinterpret_cast<unsigned*>(&d);
 }}
 """,
@@ -44,13 +61,66 @@ _SOURCES = {
   return pair;
 }}
 """,
-    # 16 x 16 halves times 16 x 8, added to 16 x 8 floats; PTX ISA, "mma.m16n8k16" has the lanes'.
-    "gqsa_mma": f"""
-{_DEVICE} void gqsa_mma(float* d, unsigned a0, unsigned a1, unsigned a2, unsigned a3,
-                        unsigned b0, unsigned b1) {{
-  asm volatile("{_MMA} {{%0,%1,%2,%3}}, {{%4,%5,%6,%7}}, {{%8,%9}}, {{%0,%1,%2,%3}};"
-      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-      : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+    # Bytes 0 to 3 are the word's; 5 and 7 are 0x64, 4 and 6 are 0.
+    "gqsa_code_bytes": f"""
+{_DEVICE} unsigned gqsa_code_bytes(unsigned word, unsigned bytes) {{
+  return __byte_perm(word, 0x64006400u, bytes);
+}}
+""",
+    "gqsa_mma": _mma("gqsa_mma", "f16"),
+    "gqsa_mma_bfloat16": _mma("gqsa_mma_bfloat16", "bf16"),
+    # Four matrices of 8 x 8 16-bit numbers from shared memory: lane 8 i + r says where row r of
+    # the i-th begins, and lane 4 r + c gets its columns 2 c and 2 c + 1 in register i.
+    "gqsa_ldmatrix": f"""
+{_DEVICE} void gqsa_ldmatrix(unsigned* d, const unsigned* row) {{
+  const unsigned at = static_cast<unsigned>(__cvta_generic_to_shared(row));
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {{%0,%1,%2,%3}}, [%4];"
+      : "=r"(d[0]), "=r"(d[1]), "=r"(d[2]), "=r"(d[3]) : "r"(at));
+}}
+""",
+    "gqsa_shared_address": f"""
+{_DEVICE} unsigned gqsa_shared_address(const void* at) {{
+  return static_cast<unsigned>(__cvta_generic_to_shared(at));
+}}
+""",
+    # A value that ptxas would compute anew wherever it is used stays in a register.
+    "gqsa_keep": f"""
+{_DEVICE} unsigned gqsa_keep(unsigned value) {{
+  unsigned kept;
+  asm volatile("mov.u32 %0, %1;" : "=r"(kept) : "r"(value));
+  return kept;
+}}
+""",
+    # Not moved over a barrier, as it is volatile.
+    "gqsa_load_shared": f"""
+{_DEVICE} void gqsa_load_shared(unsigned* d, unsigned at) {{
+  asm volatile("ld.shared.v4.u32 {{%0,%1,%2,%3}}, [%4];"
+      : "=r"(d[0]), "=r"(d[1]), "=r"(d[2]), "=r"(d[3]) : "r"(at));
+}}
+""",
+    # 16 bytes on their way to shared memory, or as many zeros; then marks and waits for them.
+    "gqsa_copy_async": f"""
+#include <cuda_pipeline_primitives.h>
+{_DEVICE} void gqsa_copy_async(unsigned* to, const unsigned* from, bool there) {{
+  __pipeline_memcpy_async(to, from, 16, there ? 0 : 16);
+}}
+""",
+    "gqsa_copy_commit": f"""
+#include <cuda_pipeline_primitives.h>
+{_DEVICE} void gqsa_copy_commit() {{ __pipeline_commit(); }}
+""",
+    **{
+        f"gqsa_copy_wait_{behind}": f"""
+#include <cuda_pipeline_primitives.h>
+{_DEVICE} void gqsa_copy_wait_{behind}() {{ __pipeline_wait_prior({behind}); }}
+"""
+        for behind in range(4)
+    },
+    "gqsa_bfloat2": f"""
+{_DEVICE} unsigned gqsa_bfloat2(float low, float high) {{
+  unsigned d;
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(d) : "f"(high), "f"(low));
+  return d;
 }}
 """,
     "gqsa_half2_sum": f"""
@@ -69,14 +139,19 @@ _SOURCES = {
   return (unsigned(__float2int_rn(low)) & 0xffffu) | (unsigned(__float2int_rn(high)) << 16);
 }}
 """,
+    # Two int16 times the low (high) two of four unsigned bytes; CUDA C has no name for this one.
     "gqsa_dp2a_lo": f"""
 {_DEVICE} int gqsa_dp2a_lo(unsigned a, unsigned b, int c) {{
-  return __dp2a_lo(static_cast<int>(a), static_cast<int>(b), c);
+  int d;
+  asm("dp2a.lo.s32.u32 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(c));
+  return d;
 }}
 """,
     "gqsa_dp2a_hi": f"""
 {_DEVICE} int gqsa_dp2a_hi(unsigned a, unsigned b, int c) {{
-  return __dp2a_hi(static_cast<int>(a), static_cast<int>(b), c);
+  int d;
+  asm("dp2a.hi.s32.u32 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(c));
+  return d;
 }}
 """,
     "gqsa_first_bit": f"""
@@ -97,6 +172,27 @@ _SOURCES = {
 {_DEVICE} unsigned gqsa_arrive(unsigned* at, unsigned last) {{ return atomicInc(at, last); }}
 """,
 }
+
+_TYPES = {"uint8": "unsigned char", "uint16": "unsigned short", "uint32": "unsigned"}
+
+
+def fetch(to: Buffer, slot: Expr | int, source: Buffer, number: Expr, lanes: int) -> None:
+    """Emit the load of the `number`-th (uint32) run of `lanes` integers into registers.
+
+    TIR's own index into an array of symbolic length is of 64 bits, a dozen instructions instead of
+    one.
+    """
+    name = _TYPES[str(to.dtype)]
+    vector = name if lanes == 1 else f"uint{lanes}"
+    helper = f"gqsa_fetch_{to.dtype}_{lanes}"
+    code = f"""
+{_DEVICE} void {helper}({name}* to, const {name}* from, unsigned number) {{
+  *reinterpret_cast<{vector}*>(to) = __ldg(reinterpret_cast<const {vector}*>(from) + number);
+}}
+"""
+    pointers = to.access_ptr("w", offset=slot), source.access_ptr("r")
+    do(T.cuda.func_call(helper, *pointers, number, source_code=code, return_type="void"))
+
 
 FULL_WARP = 0xFFFFFFFF
 """The mask of all lanes; no warp operation here is of a part of them."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from gqsa_compiler._tvm import B
 from gqsa_compiler.schedules.cuda.activations import Activations, Prologue
@@ -12,6 +12,7 @@ from gqsa_compiler.schedules.cuda.device import (
     SharedMemory,
     barrier,
     device_call,
+    fetch,
     register,
     registers,
     u32,
@@ -67,7 +68,11 @@ def launch(spec: LinearSpec, config: CudaConfig, args: Arguments, tile: int, fir
 
 @dataclass(frozen=True)
 class _Warp:
-    """A warp's tiles of weights; methods emit code for one lane."""
+    """A warp's tiles of weights; methods emit code for one lane.
+
+    `next` is the lane's unit of the tile after those that are held when a round begins; `left`
+    counts the tiles from the first held one on.
+    """
 
     config: CudaConfig
     share: Share
@@ -78,8 +83,8 @@ class _Warp:
     rows: Buffer
     lane: Expr
     number: Expr
-    begin: Expr
-    end: Expr
+    next: Buffer
+    left: Buffer
     sums: Buffer
 
     @classmethod
@@ -96,24 +101,31 @@ class _Warp:
         lane = B.bind(B.floormod(thread, _i32(WARP)))
         number = B.bind(B.floordiv(thread, _i32(WARP)))
         begin = B.bind(share.begin + number * share.tiles_a_warp)
-        end = B.bind(B.min(begin + share.tiles_a_warp, share.end))
+        count = B.min(share.end - begin, share.tiles_a_warp)
+        # Registers, as TVM would otherwise compute them anew from the block's record each time.
+        next_ = register(B.Cast("uint32", begin * _i32(WARP) + lane), "uint32")
         unit = Unit.of(spec, config.scale_bits, config.depth, args.params)
         params = args.params
         held = registers(config.depth, "uint32")
         return cls(
             config, share, tile, unit, params["starts"], held, params["tile_rows"],
-            lane, number, begin, end, sums,
+            lane, number, next_, register(count, "int32"), sums,
         )  # fmt: skip
 
-    def _fetch(self, slot: int, tile: Expr) -> None:
-        with B.If(tile < self.end), B.Then():
-            self.unit.fetch(slot, B.bind(tile * _i32(WARP) + self.lane))
-            store(self.held_starts, load(self.starts, tile), slot)
+    def _fetch(self, slot: int) -> None:
+        """Emit the loads of the `slot`-th tile from the next one on."""
+        unit = B.bind(load(self.next, 0) + u32(slot * WARP))
+        self.unit.fetch(slot, unit)
+        tile = B.bind(B.floordiv(unit, u32(WARP)))
+        fetch(self.held_starts, slot, self.starts, tile, 1)
 
     def fetch_first(self) -> None:
         """Emit the loads of the first tiles."""
         for slot in range(self.config.depth):
-            self._fetch(slot, B.bind(self.begin + _i32(slot)))
+            with B.If(load(self.left, 0) > _i32(slot)), B.Then():
+                self._fetch(slot)
+        # The warp's first unit begins a row for it, whether or not the row began before.
+        store(self.held_starts, B.bitwise_and(load(self.held_starts, 0), u32(0xFFFFFFFE)), 0)
 
     def sum_rows(self, x: Activations) -> None:
         """Emit the walk over the tiles; leaves every row's sum in `sums`."""
@@ -121,24 +133,25 @@ class _Warp:
         totals, place = registers(self.tile), registers(1, "int32")
         for t in range(self.tile):
             store(totals, const(0.0, "float32"), t)
-        with B.If(self.begin < self.end), B.Then():
-            row = load(self.rows, self.begin) - self.share.first_row
+        with B.If(load(self.left, 0) > _i32(0)), B.Then():
+            x = replace(x, lane_start=self.unit.lane_start(x, self.lane))
+            tile = B.Cast("int32", B.floordiv(load(self.next, 0), u32(WARP)))
+            row = load(self.rows, tile) - self.share.first_row
             store(place, row + self.number, 0)
-            rounds = B.floordiv(self.share.tiles_a_warp + _i32(depth - 1), _i32(depth))
-            with B.serial(rounds) as i:
+            with B.While(load(self.left, 0) > _i32(0)):
+                store(self.next, load(self.next, 0) + u32(depth * WARP), 0)
                 for slot in range(depth):
-                    tile = B.bind(self.begin + i * _i32(depth) + _i32(slot))
-                    with B.If(tile < self.end), B.Then():
-                        self._add(slot, tile, x, totals, place)
-                        self._fetch(slot, B.bind(tile + _i32(depth)))
+                    with B.If(load(self.left, 0) > _i32(slot)), B.Then():
+                        self._add(slot, x, totals, place)
+                        with B.If(load(self.left, 0) > _i32(depth + slot)), B.Then():
+                            self._fetch(slot)
+                store(self.left, load(self.left, 0) - _i32(depth), 0)
             self._leave(totals, place)
 
-    def _add(self, slot: int, tile: Expr, x: Activations, totals: Buffer, place: Buffer) -> None:
+    def _add(self, slot: int, x: Activations, totals: Buffer, place: Buffer) -> None:
         """Emit a tile: its products join the row's sum, and where rows end the sum is left."""
         products = self.unit.products(slot, self.lane, x, self.tile)
-        # The warp's first unit begins a row for it, whether or not the row began before.
-        first = B.Select(tile == self.begin, u32(0xFFFFFFFE), u32(0xFFFFFFFF))
-        marks = register(B.bitwise_and(load(self.held_starts, slot), first), "uint32")
+        marks = register(load(self.held_starts, slot), "uint32")
         with B.While(load(marks, 0) != u32(0)):
             bit = B.bind(device_call("gqsa_first_bit", "int32", load(marks, 0)))
             before = B.bind(self.lane < bit)

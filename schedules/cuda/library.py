@@ -1,4 +1,4 @@
-"""A compiled model with its kernels' machine code in one shared library."""
+"""A compiled model, or one kernel, with its machine code in one shared library."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from gqsa_compiler._tvm import Target, relax, tvm_ffi
+from gqsa_compiler._tvm import Target, relax, tvm, tvm_ffi
 from gqsa_compiler.errors import CompileError
 from gqsa_compiler.schedules.cuda.embed import embed_machine_code
 from gqsa_compiler.schedules.cuda.lowering import register
@@ -52,9 +52,42 @@ def export_library(
     CompileError
         There is no nvcc, or it failed.
     """
-    # Where there is a driver, TVM would compile as soon as it has the source, with what it finds.
-    tvm_ffi.register_global_func(_CALLBACK, _as_it_is, override=True)
+    _leave_source()
     executable = relax.build(mod, target, relax_pipeline=None, tir_pipeline=register())
+    return _export(executable, target, code, path, link, workspace)
+
+
+def export_kernel(
+    function: Any,
+    target: Target,
+    code: Sequence[str],
+    path: Path,
+    link: Callable[..., None],
+    workspace: Path,
+) -> tuple[KernelUse, ...]:
+    """Make a library of one scheduled PrimFunc, called ``main`` in it.
+
+    Parameters, result and errors are those of `export_library`.
+    """
+    _leave_source()
+    module = tvm.IRModule({"main": function.with_attr("global_symbol", "main")})
+    made = tvm.compile(module, target, tir_pipeline=register())
+    return _export(made, target, code, path, link, workspace)
+
+
+def _leave_source() -> None:
+    """Keep TVM from compiling as soon as it has the source, as it does where there is a driver."""
+    tvm_ffi.register_global_func(_CALLBACK, _as_it_is, override=True)
+
+
+def _export(
+    executable: Any,
+    target: Target,
+    code: Sequence[str],
+    path: Path,
+    link: Callable[..., None],
+    workspace: Path,
+) -> tuple[KernelUse, ...]:
     uses: list[KernelUse] = []
 
     def pack(module: Any, _system: bool, prefix: str, folder: str) -> str:

@@ -16,7 +16,7 @@ from gqsa_compiler.schedules.cuda.arch import Arch
 
 _ENTRY = re.compile(r"Compiling entry function '(\w+)'")
 _SPILLS = re.compile(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads")
-_SHARED = re.compile(r"extern __shared__ __align__\((\d+)\) (\w+) (\w+)\[\];")
+_SHARED = re.compile(r"extern __shared__ __align__\(\d+\) (\w+) (\w+)\[\];")
 _USED = re.compile(r"Used (\d+) registers")
 
 
@@ -51,14 +51,20 @@ def find_nvcc() -> Path:
     on_path = shutil.which("nvcc")
     if on_path is not None:
         return Path(on_path)
-    for folder in _package_folders():
-        found = sorted(folder.glob("cu*/bin/nvcc"))
-        if found:
-            return found[-1]
+    found = package_programs("nvcc")
+    if found:
+        return found[-1]
     raise CompileError(
         "Code for CUDA needs NVIDIA's compiler nvcc, which is neither on the PATH nor installed "
         "as a package; pip install 'gqsa-compiler[cuda]' gets it."
     )
+
+
+def package_programs(name: str) -> list[Path]:
+    """List a program of CUDA's toolkit where NVIDIA's Python packages have it, newest last."""
+    return [
+        path for folder in _package_folders() for path in sorted(folder.glob(f"cu*/bin/{name}"))
+    ]
 
 
 def _package_folders() -> tuple[Path, ...]:
@@ -133,9 +139,10 @@ def _one_shared_array(source: str) -> str:
     """Give dynamic shared memory one name and type, as C++ wants it in all kernels of a file.
 
     TVM declares it in each kernel anew, with a type of that kernel and a name that others have too.
+    It begins at a multiple of 128 bytes, the largest piece of a row's activations.
     """
-    array = r"extern __shared__ __align__(\1) unsigned char gqsa_shared[];"
-    return _SHARED.sub(array + r" \2* \3 = reinterpret_cast<\2*>(gqsa_shared);", source)
+    array = r"extern __shared__ __align__(128) unsigned char gqsa_shared[];"
+    return _SHARED.sub(array + r" \1* \2 = reinterpret_cast<\1*>(gqsa_shared);", source)
 
 
 def parse_uses(text: str) -> tuple[KernelUse, ...]:

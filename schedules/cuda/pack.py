@@ -1,10 +1,12 @@
-"""Packs checkpoint layers into the tensors of `cuda.bsr_int4` (`layout` says how they lie).
+"""Packs checkpoint layers into the tensors of the sparse rules (`layout` says how they lie).
 
 =========== ======================= ==========================================================
 tensor      dtype, extent
 =========== ======================= ==========================================================
 codes       uint32 [units * 4]      16 bytes a unit
-index       uint16 or uint32        16 bits a piece (G > 32: a group): column << 4 | zero point
+index       uint16 or uint32        16 bits a piece (or a group, if that is larger): column << 4 |
+                                    zero point; codes of 8 bits: the column, or, in 32 bits,
+                                    column << 8 | zero point
 scales      uint8, 16 or 32         8 or 16 bits a piece (a group)
 starts      uint32 [tiles]          bit l: unit l of the tile is the first one of a row
 tile_rows   int32 [tiles]           the stored row of the tile's first unit
@@ -53,10 +55,10 @@ Array = npt.NDArray[Any]
 
 def params(spec: LinearSpec, config: CudaConfig) -> tuple[ParamSpec, ...]:
     """Describe the packed tensors in the kernel's order; most lengths follow from the rows."""
-    layout = StreamLayout(spec.group_size)
+    layout = StreamLayout.of(spec)
     return (
         ParamSpec("codes", (None,), "uint32"),
-        ParamSpec("index", (None,), Field(16, layout.pieces).dtype),
+        ParamSpec("index", (None,), Field(layout.index_bits, layout.pieces).dtype),
         ParamSpec("scales", (None,), Field(config.scale_bits, layout.pieces).dtype),
         ParamSpec("starts", (None,), "uint32"),
         ParamSpec("tile_rows", (None,), "int32"),
@@ -81,7 +83,7 @@ def pack(
         scales of 8 bits are asked for and some are negative.
     """
     check_parts(spec, parts)
-    layout = StreamLayout(spec.group_size)
+    layout = StreamLayout.of(spec)
     row_starts, source = stored_order(spec, parts)
     counts = np.diff(row_starts)
     columns = np.concatenate([p.indices for p in parts])[source].astype(np.int64)
@@ -97,12 +99,13 @@ def pack(
     items = tiles * WARP // layout.span * layout.pieces
     item = first // layout.span * layout.pieces + piece
 
-    index = np.zeros(items, np.uint16)
-    zeros = np.concatenate([p.zeros() for p in parts])[source].astype(np.uint16)
-    index[item] = (columns.astype(np.uint16) << 4) | zeros
+    index = np.zeros(items, np.uint16 if layout.index_bits == 16 else np.uint32)
+    index[item] = columns.astype(index.dtype) << layout.zero_bits
+    if layout.zero_bits:
+        index[item] |= np.concatenate([p.zeros() for p in parts])[source].astype(index.dtype)
     packed: dict[str, Array] = {
         "codes": _codes(layout, tiles, first, piece, parts, source),
-        "index": index.view(Field(16, layout.pieces).dtype),
+        "index": index.view(Field(layout.index_bits, layout.pieces).dtype),
         "blocks": partition.info.reshape(-1),
         "arrivals": np.zeros(blocks, np.uint32),
         "partials": np.zeros(blocks * partial_floats(spec), np.float32),
@@ -156,7 +159,7 @@ def _codes(
     source: Array,
 ) -> Array:
     """Pack the codes of all groups, whose first units are `first`; uint32 [units * 4]."""
-    words = np.zeros((tiles * WARP, layout.pieces, layout.chunks), np.uint32)
+    words = np.zeros((tiles * WARP, layout.pieces, layout.words), np.uint32)
     codes = np.concatenate([p.codes() for p in parts])
     for start in range(0, len(first), _GROUPS):
         some = slice(start, start + _GROUPS)

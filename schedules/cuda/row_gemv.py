@@ -1,7 +1,9 @@
-"""Layers whose rows are equally long: dense ones, and 8-bit ones with all their groups.
+"""The kernel of dense layers for few tokens, and of those in float32 for any number.
 
 A warp takes an output of a tile of tokens and reads the output's row (two where it is gated), its
-lanes side by side. Inputs come from global memory, which the first-level cache answers.
+lanes side by side. Inputs come from global memory, which the first-level cache answers. As a warp
+sees all of a token's inputs, it sums their squares too where they are to be normalised, and the
+norm is a factor of the finished sum.
 More tokens than the largest tile take several tiles, each of which reads the weights.
 """
 
@@ -10,14 +12,14 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from gqsa_compiler._tvm import B
+from gqsa_compiler._tvm import B, T
 from gqsa_compiler.schedules.cuda.arch import WARP
 from gqsa_compiler.schedules.cuda.device import registers, warp_sum
 from gqsa_compiler.schedules.cuda.epilogue import Outputs
 from gqsa_compiler.schedules.cuda.gemv import MIN_BLOCKS
 from gqsa_compiler.schedules.cuda.launch import Thread, i32
 from gqsa_compiler.schedules.cuda.rows import rows_of_output
-from gqsa_compiler.schedules.generic.emit import Buffer, Expr, const, int64, load, store
+from gqsa_compiler.schedules.generic.emit import Expr, const, int64, load, store
 from gqsa_compiler.schedules.generic.function import Arguments
 from gqsa_compiler.schedules.rule import KernelConfig
 from gqsa_compiler.schedules.spec import LinearSpec
@@ -28,7 +30,7 @@ TILES = (1, 4, 8)
 
 @dataclass(frozen=True)
 class RowConfig(KernelConfig):
-    """Configuration of `cuda.dense` and `cuda.bsr_int8`.
+    """Configuration of `cuda.dense`.
 
     Parameters
     ----------
@@ -41,8 +43,9 @@ class RowConfig(KernelConfig):
 
 SPACE = (RowConfig(8), RowConfig(4), RowConfig(16))
 
-Step = Callable[[Expr, list[Expr], Expr], list[Expr]]
-"""``step(row, tokens, unit)``: emits a lane's dot products of a unit of a row, one a token."""
+Step = Callable[[list[Expr], list[Expr], Expr], tuple[list[list[Expr]], list[Expr]]]
+"""``step(rows, tokens, unit)``: emits a lane's dot products of a unit of rows, for each row one a
+token, and a token's sum of squares, or nothing where there is no norm."""
 
 
 def dispatch(
@@ -51,7 +54,6 @@ def dispatch(
     args: Arguments,
     units: int,
     step: Step,
-    factors: Buffer | None,
     tiles: Sequence[int] = TILES,
 ) -> None:
     """Emit the choice of the smallest tile that holds all tokens.
@@ -61,17 +63,15 @@ def dispatch(
     units : int
         Of a row.
     step : callable
-    factors : Buffer or None
-        float32 [m]: what a token's sums are multiplied by.
     """
     if len(tiles) == 1:
-        _launch(spec, config, args, units, step, factors, tiles[0])
+        _launch(spec, config, args, units, step, tiles[0])
         return
     with B.If(args.tokens <= int64(tiles[0])):
         with B.Then():
-            _launch(spec, config, args, units, step, factors, tiles[0])
+            _launch(spec, config, args, units, step, tiles[0])
         with B.Else():
-            dispatch(spec, config, args, units, step, factors, tiles[1:])
+            dispatch(spec, config, args, units, step, tiles[1:])
 
 
 def _launch(
@@ -80,7 +80,6 @@ def _launch(
     args: Arguments,
     units: int,
     step: Step,
-    factors: Buffer | None,
     tile: int,
 ) -> None:
     rows = rows_of_output(spec)
@@ -97,26 +96,30 @@ def _launch(
         with B.If(output < i32(spec.n_out)), B.Then():
             last = args.tokens - int64(1)
             tokens = [B.bind(B.min(first + int64(t), last)) for t in range(tile)]
-            sums = [registers(tile) for _ in range(rows)]
-            for row_sums in sums:
+            normed = spec.norm_eps is not None
+            sums = [registers(tile) for _ in range(rows + normed)]
+            for one in sums:
                 for t in range(tile):
-                    store(row_sums, const(0.0, "float32"), t)
+                    store(one, const(0.0, "float32"), t)
             with B.serial(-(-units // WARP)) as i:
                 unit = B.bind(i * i32(WARP) + thread.lane)
                 with B.If(unit < i32(units)), B.Then():
-                    for r, row_sums in enumerate(sums):
-                        row = B.bind(output + i32(r * spec.n_out))
-                        for t, product in enumerate(step(row, tokens, unit)):
-                            store(row_sums, load(row_sums, t) + product, t)
-            for row_sums in sums:
-                warp_sum(row_sums, tile, thread.lane)
+                    own = [B.bind(output + i32(r * spec.n_out)) for r in range(rows)]
+                    products, squares = step(own, tokens, unit)
+                    more = [*products, squares] if normed else products
+                    for one, values in zip(sums, more, strict=True):
+                        for t, value in enumerate(values):
+                            store(one, load(one, t) + value, t)
+            for one in sums:
+                warp_sum(one, tile, thread.lane)
             lanes = WARP // tile
             with B.If(B.floormod(thread.lane, i32(lanes)) == i32(0)), B.Then():
                 token = B.bind(first + int64(B.floordiv(thread.lane, i32(lanes))))
                 found = registers(rows)
-                for r, row_sums in enumerate(sums):
-                    value = load(row_sums, 0)
-                    if factors is not None:
-                        value = value * load(factors, B.min(token, last))
+                for r in range(rows):
+                    value = load(sums[r], 0)
+                    if spec.norm_eps is not None:
+                        mean = load(sums[rows], 0) * const(1.0 / spec.k, "float32")
+                        value = value * T.rsqrt(mean + const(spec.norm_eps, "float32"))
                     store(found, value, r)
                 Outputs(spec, args).finish(found, output, token)

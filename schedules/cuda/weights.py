@@ -1,43 +1,47 @@
 """A lane's unit of packed weights: loading it, decoding it, and its dot products.
 
-What nvcc 13.0 makes of it for sm_90, G = 16, one token, `depth` 2, in instructions of a warp (a
-tile is 64 groups, two a lane):
+What nvcc 13.0 makes of it for any of the architectures, G = 16, 4 bits, one token, `depth` 2: a
+tile (64 groups, two a lane) takes 106 instructions of a warp with float16 inputs, 82 with int16
+ones, and about 25 more where a row ends (`tools/cuda_static.py` counts them). A unit is one load of
+128 bits (codes) and two of 32 (columns and zero points; scales); its activations are four of 128
+bits from shared memory. At 4096 x 4096 with half of the groups kept that is 0.9 (0.7) us of issue
+slots on 132 processors at 1.75 GHz, beside 2.1 us of traffic at 3.0 TB/s: computed, not measured.
 
-=======  ============================  ==================  =============
-inputs   decode and multiply two       whole walk, a tile  a kept group
-=======  ============================  ==================  =============
-float16  85                            122                 61
-int16    60                            110                 55
-=======  ============================  ==================  =============
-
-and about 25 more where a row ends. A unit is one load of 128 bits (codes) and two of 32 (columns
-and zero points; scales); its activations are four of 128 bits from shared memory. At 4096 x 4096
-with half of the groups kept that is 1.2 (1.1) us of issue slots on 132 processors at 1.75 GHz,
-beside 2.1 us of traffic at 3.0 TB/s: computed, not measured.
+What it took to get there from 136 (float16): addresses of weights from 32-bit unit numbers
+(`device.fetch`; TIR's index into an array of symbolic length has 64 bits), a lane's place in shared
+memory held in a register and chunks chosen by one exclusive or, zero points of two groups unpacked
+together by bytes.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-from gqsa_compiler._tvm import B
+import numpy as np
+
+from gqsa_compiler._tvm import B, T
 from gqsa_compiler.checkpoint import symmetric_zero
 from gqsa_compiler.schedules.cuda.activations import Activations
-from gqsa_compiler.schedules.cuda.device import device_call, register, registers, u32
-from gqsa_compiler.schedules.cuda.layout import StreamLayout
+from gqsa_compiler.schedules.cuda.device import device_call, do, fetch, register, registers, u32
+from gqsa_compiler.schedules.cuda.layout import CHUNK, COLUMN_BITS, StreamLayout
 from gqsa_compiler.schedules.generic.emit import Buffer, Expr, const, load, store
 from gqsa_compiler.schedules.spec import LinearSpec
 
 _WORDS = 4  # of codes in a unit
-# A half of the bits 0x6400 with q in its last four is 1024 + q, with q above those 1024 + 16 q.
-_MINUS_1024, _MINUS_64 = 0xE400E400, 0xD400D400
-_SIXTEENTH = 0x2C002C00
+_BOTH = 0x00010001  # times a half's bits: a pair of it
 _CHUNKS_A_SUM = 2  # chunks summed in halves: 8 products in each half of a half2
+# Bytes 0 and 2, or 1 and 3, of a word, each below the byte 0x64.
+_BYTE_PAIRS = (0x5250, 0x5351)
+
+
+def _power(exponent: int) -> int:
+    """Return the bits of the half 2^exponent."""
+    return exponent + 15 << 10
 
 
 @dataclass(frozen=True)
 class Field:
-    """A stream with `bits` bits (8 or 16) a piece, loaded for all `pieces` of a unit at once."""
+    """A stream of 8, 16 or 32 bits a piece, loaded for all `pieces` of a unit at once."""
 
     bits: int
     pieces: int
@@ -54,9 +58,7 @@ class Field:
 
     def fetch(self, target: Buffer, slot: int, source: Buffer, unit: Expr) -> None:
         """Emit the load of a unit's words into a register array."""
-        words = self.words
-        value = load(source, unit * const(words, "int32"), lanes=words)
-        store(target, value, const(slot * words, "int32"), lanes=words)
+        fetch(target, slot * self.words, source, unit, self.words)
 
     def value(self, held: Buffer, slot: int, piece: int) -> Expr:
         """Emit a piece's bits as uint32; those above them may be another's."""
@@ -82,8 +84,8 @@ class Unit:
     @classmethod
     def of(cls, spec: LinearSpec, scale_bits: int, depth: int, params: dict[str, Buffer]) -> Unit:
         """Allocate the registers."""
-        layout = StreamLayout(spec.group_size)
-        index, scales = Field(16, layout.pieces), Field(scale_bits, layout.pieces)
+        layout = StreamLayout.of(spec)
+        index, scales = Field(layout.index_bits, layout.pieces), Field(scale_bits, layout.pieces)
         return cls(
             spec,
             layout,
@@ -98,16 +100,16 @@ class Unit:
 
     @property
     def _fields(self) -> tuple[Field, Field]:
-        return Field(16, self.layout.pieces), Field(self.scale_bits, self.layout.pieces)
+        layout = self.layout
+        return Field(layout.index_bits, layout.pieces), Field(self.scale_bits, layout.pieces)
 
     def fetch(self, slot: int, unit: Expr) -> None:
-        """Emit the loads of a unit into the registers `slot`."""
+        """Emit the loads of a unit, uint32, into the registers `slot`."""
         index, scales = self._fields
-        codes = load(self.codes, unit * const(_WORDS, "int32"), lanes=_WORDS)
-        store(self.held_codes, codes, const(slot * _WORDS, "int32"), lanes=_WORDS)
+        fetch(self.held_codes, slot * _WORDS, self.codes, unit, _WORDS)
         group = unit
         if self.layout.span > 1:
-            group = B.bind(B.floordiv(unit, const(self.layout.span, "int32")))
+            group = B.bind(B.floordiv(unit, u32(self.layout.span)))
         index.fetch(self.held_index, slot, self.index, group)
         scales.fetch(self.held_scales, slot, self.scales, group)
 
@@ -120,9 +122,9 @@ class Unit:
             word, number = self.column(slot, piece, lane)
             scale = self._scale(slot, piece)
             if self.spec.activation_dtype == "int16":
-                sums = self._integer_sums(slot, piece, lane, x, tile, number, word)
+                sums = self._integer_sums(slot, piece, x, tile, number, word)
             else:
-                sums = self._half_sums(slot, piece, lane, x, tile, number, word)
+                sums = self._half_sums(slot, piece, x, tile, number)
             for t in range(tile):
                 store(products, load(products, t) + load(sums, t) * scale, t)
         return products
@@ -131,30 +133,56 @@ class Unit:
         """Emit a piece's word of the index, uint32, and which of its columns' pieces it is."""
         index, _ = self._fields
         word = B.bind(index.value(self.held_index, slot, piece))
-        column = B.bind(B.bitwise_and(B.shift_right(word, u32(4)), u32(0xFFF)))
-        number = B.Cast("int32", column)
+        column = word
+        if self.layout.zero_bits:
+            column = B.shift_right(word, u32(self.layout.zero_bits))
+        number = B.Cast("int32", B.bind(B.bitwise_and(column, u32((1 << COLUMN_BITS) - 1))))
         if self.layout.span > 1:
             span = const(self.layout.span, "int32")
             number = number * span + B.floormod(lane, span)
         return word, B.bind(number)
 
-    def pairs(self, slot: int, piece: int, chunk: int, word: Expr) -> list[Expr]:
-        """Emit a chunk's codes less the zero point as four pairs of halves."""
-        zero = self._zero(word)
-        minus_1024 = B.bind(zero * u32(0x00010001) + u32(_MINUS_1024))
-        minus_64 = B.bind(zero * u32(0x00100010) + u32(_MINUS_64))
-        code = self._code(slot, piece, chunk)
+    def pairs(self, slot: int, piece: int, chunk: int) -> list[Expr]:
+        """Emit a chunk's codes less the zero point as four pairs of halves.
+
+        A half of the bits 0x6400 is 1024; with q from bit b on in it, it is 1024 + 2^b q.
+        """
+        zero = self._offset(slot, piece)
         pairs = []
         for pair in range(4):
-            shifted = code if pair < 2 else B.shift_right(code, u32(8))
-            mask = 0x000F000F if pair % 2 == 0 else 0x00F000F0
-            magic = device_call("gqsa_code_pair", "uint32", shifted, u32(mask))
-            if pair % 2 == 0:
-                weight = device_call("gqsa_hadd2", "uint32", magic, minus_1024)
+            place, bit = self.layout.place_of(chunk, 2 * pair)
+            code = self._code(slot, piece, place)
+            if self.layout.code_bits == 8:
+                taken = u32(_BYTE_PAIRS[bit // 8])
+                magic = device_call("gqsa_code_bytes", "uint32", code, taken)
+                bit = 0
             else:
-                weight = device_call("gqsa_hfma2", "uint32", magic, u32(_SIXTEENTH), minus_64)
+                # Only the lower bits of a half are its mantissa's.
+                shifted = B.shift_right(code, u32(8)) if bit >= 8 else code
+                bit %= 8
+                mask = (1 << self.layout.code_bits) - 1 << bit
+                magic = device_call("gqsa_code_pair", "uint32", shifted, u32(mask * _BOTH))
+            if bit == 0:
+                weight = device_call("gqsa_hsub2", "uint32", magic, zero)
+            else:
+                # 1024 - 2^(10 - bit), less 1024 and the zero point: all of them exact.
+                rest = np.float16(1024 - 2 ** (10 - bit)).view(np.uint16)
+                minus = device_call("gqsa_hsub2", "uint32", u32(int(rest) * _BOTH), zero)
+                factor = u32(_power(-bit) * _BOTH)
+                weight = device_call("gqsa_hfma2", "uint32", magic, factor, B.bind(minus))
             pairs.append(B.bind(weight))
         return pairs
+
+    def _offset(self, slot: int, piece: int) -> Expr:
+        """Emit 1024 plus a piece's zero point, as a pair of halves."""
+        if self.spec.symmetric:
+            return u32((_power(10) + symmetric_zero(self.spec.bits)) * _BOTH)
+        index, _ = self._fields
+        word, at = divmod(piece * index.bits // 8, 4)
+        both = B.Cast("uint32", load(self.held_index, slot * index.words + word))
+        mask = ((1 << self.layout.zero_bits) - 1) * (_BOTH if index.bits == 16 else 1)
+        zeros = B.bind(B.bitwise_and(both, u32(mask)))
+        return B.bind(device_call("gqsa_code_bytes", "uint32", zeros, u32(0x5050 + 0x0101 * at)))
 
     def scale_half2(self, slot: int, piece: int) -> Expr:
         """Emit a piece's scale as a pair of equal halves; without its row's factor."""
@@ -176,32 +204,52 @@ class Unit:
         """Emit a piece's zero point, uint32."""
         if self.spec.symmetric:
             return u32(symmetric_zero(self.spec.bits))
-        return B.bind(B.bitwise_and(word, u32(15)))
+        return B.bind(B.bitwise_and(word, u32((1 << self.layout.zero_bits) - 1)))
 
-    def _code(self, slot: int, piece: int, chunk: int) -> Expr:
-        word = slot * _WORDS + piece * self.layout.chunks + chunk
-        return B.bind(load(self.held_codes, word))
+    def _code(self, slot: int, piece: int, word: int) -> Expr:
+        """Emit the read of one of a piece's words of codes."""
+        return B.bind(load(self.held_codes, slot * _WORDS + piece * self.layout.words + word))
 
-    def _activations(self, x: Activations, t: int, number: Expr, chunk: int, lane: Expr) -> Buffer:
+    def _bytes(self, slot: int, piece: int, chunk: int) -> tuple[Expr, Expr]:
+        """Emit a chunk's codes as bytes: elements 0 4 1 5, and 2 6 3 7."""
+        found = []
+        for element in (0, 2):
+            place, bit = self.layout.place_of(chunk, element)
+            code = self._code(slot, piece, place)
+            if self.layout.code_bits < 8:
+                shifted = B.shift_right(code, u32(bit)) if bit else code
+                mask = (1 << self.layout.code_bits) - 1
+                code = B.bind(B.bitwise_and(shifted, u32(0x01010101 * mask)))
+            found.append(code)
+        return found[0], found[1]
+
+    def _activations(self, x: Activations, t: int, number: Expr, chunk: int) -> Buffer:
         """Emit the load of the piece's chunk that this lane reads as its `chunk`-th, 16 bytes."""
-        layout = self.layout
-        at = number * const(layout.piece // 2, "int32") + const(t * self.spec.k // 2, "int32")
-        if layout.chunks > 1:
-            turn = B.floordiv(lane, const(layout.residues, "int32")) + const(chunk, "int32")
-            at = at + B.bitwise_and(turn, const(layout.chunks - 1, "int32")) * const(4, "int32")
+        assert x.lane_start is not None
+        at = load(x.lane_start, 0) + B.Cast("uint32", number) * u32(2 * self.layout.piece)
+        if chunk:
+            at = B.bitwise_xor(at, u32(2 * CHUNK * chunk))
         words = registers(4, "uint32")
-        store(words, load(x.values, B.bind(at), lanes=4), const(0, "int32"), lanes=4)
+        at = B.bind(at + u32(2 * t * self.spec.k))
+        do(device_call("gqsa_load_shared", "void", words.access_ptr("w"), at))
         return words
 
-    def _half_sums(
-        self, slot: int, piece: int, lane: Expr, x: Activations, tile: int, number: Expr, word: Expr
-    ) -> Buffer:
+    def lane_start(self, x: Activations, lane: Expr) -> Buffer:
+        """Emit where in shared memory a lane's first chunk of column 0 is, in bytes; uint32 [1]."""
+        layout = self.layout
+        start = device_call("gqsa_shared_address", "uint32", T.address_of(load(x.values, 0)))
+        turn = B.floordiv(lane, const(layout.residues, "int32"))
+        turn = B.floormod(turn, const(layout.chunks, "int32"))
+        start = start + B.Cast("uint32", turn * const(2 * CHUNK, "int32"))
+        return register(device_call("gqsa_keep", "uint32", start), "uint32")
+
+    def _half_sums(self, slot: int, piece: int, x: Activations, tile: int, number: Expr) -> Buffer:
         """Emit the sums of (code - zero point) times activation, in halves and then float32."""
         sums, halves = registers(tile), registers(tile, "uint32")
         for chunk in range(self.layout.chunks):
-            weights = self.pairs(slot, piece, chunk, word)
+            weights = self.pairs(slot, piece, chunk)
             for t in range(tile):
-                values = self._activations(x, t, number, chunk, lane)
+                values = self._activations(x, t, number, chunk)
                 for pair, weight in enumerate(weights):
                     value = load(values, pair)
                     if pair == 0 and chunk % _CHUNKS_A_SUM == 0:
@@ -219,7 +267,7 @@ class Unit:
         return sums
 
     def _integer_sums(
-        self, slot: int, piece: int, lane: Expr, x: Activations, tile: int, number: Expr, word: Expr
+        self, slot: int, piece: int, x: Activations, tile: int, number: Expr, word: Expr
     ) -> Buffer:
         """Emit the sums of (code - zero point) times activation, exactly, then as float32."""
         assert x.sums is not None
@@ -229,13 +277,10 @@ class Unit:
             at = number + const(t * (self.spec.k // self.layout.piece), "int32")
             total = register(load(x.sums, at), "int32")
             store(totals, const(0, "int32") - zero * load(total, 0), t)
-        nibbles = 0x0F0F0F0F
         for chunk in range(self.layout.chunks):
-            code = self._code(slot, piece, chunk)
-            even = B.bind(B.bitwise_and(code, u32(nibbles)))
-            odd = B.bind(B.bitwise_and(B.shift_right(code, u32(4)), u32(nibbles)))
+            even, odd = self._bytes(slot, piece, chunk)
             for t in range(tile):
-                values = self._activations(x, t, number, chunk, lane)
+                values = self._activations(x, t, number, chunk)
                 for pair, codes in enumerate((even, even, odd, odd)):
                     helper = "gqsa_dp2a_hi" if pair % 2 else "gqsa_dp2a_lo"
                     total = device_call(helper, "int32", load(values, pair), codes, load(totals, t))

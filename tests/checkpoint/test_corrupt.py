@@ -120,6 +120,8 @@ def add(name: str, dtype: str, array: Any) -> Callable[[Raw], None]:
         (add(f"{LAYER}.qweight", "U8", np.zeros((9, 0), np.uint8)), "its group size 0"),
         (add(f"{LAYER}.qweight", "U8", np.zeros((9, 4), np.uint8)), "say group_size 8"),
         (add(f"{LAYER}.weight", "F16", np.zeros((5, 64), np.float16)), "compressed and as"),
+        (add(f"{LAYER}.weight", "F16", np.zeros(0, np.float16)), "compressed and as"),
+        (add(f"{LAYER}.weight", "U8", np.zeros((0, 1), np.uint8)), "compressed and as"),
         (add(BIAS, "F32", np.zeros(4, np.float32)), r"bias' in .* has shape \[4\], not \[5\]"),
         (add("x", "F64", np.zeros(4)), "'x' in .* has dtype float64"),
         (add("x", "I64", np.zeros(4, np.int64)), "'x' in .* has dtype int64"),

@@ -35,9 +35,9 @@ def block(after: str, kind: str) -> str:
 @pytest.fixture
 def documented(tmp_path: Path) -> Path:
     """Return a directory with the document's files, byte for byte."""
-    rows = block("`model.safetensors`, 478 bytes", "text").splitlines()
+    rows = block("`model.safetensors`, 534 bytes", "text").splitlines()
     content = b"".join(bytes.fromhex(row[10:57]) for row in rows)
-    assert len(content) == 478
+    assert len(content) == 534
     path = tmp_path / "documented"
     path.mkdir()
     (path / "model.safetensors").write_bytes(content)

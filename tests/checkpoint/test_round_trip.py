@@ -38,6 +38,7 @@ from tests.checkpoint.helpers import (
     naive_dense,
     parse_raw,
     random_layer,
+    raw_bytes,
     same_layer,
 )
 
@@ -93,6 +94,22 @@ def test_reader_tells_what_is_there(tmp_path: Path) -> None:
             call("nothing")
     with pytest.raises(KeyError):
         reader.tensor(f"{LAYER}.qweight")
+
+
+def test_a_marker_stands_for_the_weight_and_is_not_needed(tmp_path: Path) -> None:
+    path = make_checkpoint(tmp_path / "c")
+    with CheckpointReader(path) as reader:
+        assert reader.shape_dtype(f"{LAYER}.weight") == ((0,), np.uint8)
+        assert f"{LAYER}.weight" not in reader.tensor_names
+        with pytest.raises(KeyError):
+            reader.tensor(f"{LAYER}.weight")
+        weight = to_dense(reader.layer(LAYER))
+    raw = parse_raw(path / "model.safetensors")
+    del raw[f"{LAYER}.weight"]
+    (path / "model.safetensors").write_bytes(raw_bytes(raw))
+    with CheckpointReader(path) as reader:  # of an earlier build
+        validate(reader)
+        assert np.array_equal(to_dense(reader.layer(LAYER)), weight)
 
 
 def test_layers_of_different_bits_and_group_sizes_share_a_checkpoint(tmp_path: Path) -> None:

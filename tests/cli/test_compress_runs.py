@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from gqsa_compiler.cli import console
+from gqsa_compiler.cli.main import main
 from gqsa_compiler.compress.work.runlog import read_log
 from tests.cli.conftest import Gqsa
 from tests.compress.kill_runs import content
@@ -28,6 +29,7 @@ STAGES = (
     "training scales",
     "writing",
 )
+QUICK = ("compressing blocks", "training scales", "writing")
 
 
 @pytest.fixture(scope="module")
@@ -45,20 +47,35 @@ def at(monkeypatch: pytest.MonkeyPatch, stage: str, act: Callable[[], None]) -> 
     monkeypatch.setattr(console.PlainProgress, "__call__", progress)
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-@pytest.mark.parametrize("stage", STAGES)
+@pytest.fixture(scope="module")
+def whole(dense: Path) -> dict[str, bytes]:
+    """The files of a run that nothing disturbs."""
+    output = dense.parent / "whole"
+    assert main(["compress", str(dense), *FEW, "-o", str(output)]) == 0
+    return content(output)
+
+
+@pytest.mark.parametrize(
+    ("stage", "number"),
+    [
+        ("training scales", signal.SIGTERM),
+        *(
+            # Every stage, by Python's interface: tests/compress/test_resume.py.
+            pytest.param(stage, signal.SIGINT, marks=() if stage in QUICK else pytest.mark.slow)
+            for stage in STAGES
+        ),
+    ],
+)
 def test_the_same_command_goes_on(
     stage: str,
     number: signal.Signals,
     gqsa: Gqsa,
     dense: Path,
+    whole: dict[str, bytes],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    if number == signal.SIGTERM and stage != "training scales":
-        pytest.skip("one stage is enough to see that SIGTERM is as SIGINT")
     words = ("compress", dense, *FEW, "-o")
-    assert gqsa(*words, tmp_path / "whole").code == 0
     with monkeypatch.context() as patch:
         at(patch, stage, lambda: signal.raise_signal(number))
         done = gqsa(*words, tmp_path / "out")
@@ -69,7 +86,7 @@ def test_the_same_command_goes_on(
     again = gqsa(*words, tmp_path / "out")
     assert again.code == 0
     assert "sampling calibration text" not in again.err
-    assert content(tmp_path / "out") == content(tmp_path / "whole")
+    assert content(tmp_path / "out") == whole
     assert not work.exists()
 
 
@@ -181,6 +198,7 @@ def test_the_longest_sequence_is_the_models(gqsa: Gqsa, dense: Path, tmp_path: P
     [
         (("--stages", "blocks"), "no training stage 'blocks'; did you mean block?"),
         (("--stages", "none,block"), "name it alone"),
+        (("--stages", "block, block"), "block is named twice"),
         (("--budget", "small"), "The budget 'small' is neither"),
         (("--budget", "0.1"), "budget"),
         (("--balance", "column"), "Invalid value for '--balance'"),

@@ -249,7 +249,7 @@ def test_the_model_survives_overwrite(
     mark = {"quantization_config": {"quant_method": "gqsa"}}
     (given.parent / "config.json").write_text(json.dumps(mark))
     (tmp_path / "link").symlink_to(given)
-    for output in (given, given.parent, tmp_path / "link"):
+    for output in (given, given.parent, tmp_path / "link", given / "out"):
         done = gqsa(verb, given, "-o", output, "--overwrite")
         assert done.code == 2
         assert f"the input {given}" in done.error

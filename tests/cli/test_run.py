@@ -6,18 +6,21 @@ import io
 import json
 import os
 import pty
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from gqsa_compiler import runtime
 from gqsa_compiler.errors import UsageError
 from tests.cli.conftest import Gqsa
+from tests.runtime.toy import edit_manifest
 
 _GQSA = [
     sys.executable,
@@ -42,6 +45,31 @@ def test_json(gqsa: Gqsa, toy_artefact: Path) -> None:
     assert done.json["finish_reason"] in ("length", "eos")
     assert len(done.json["token_ids"]) == done.json["generated_tokens"] <= 5
     assert done.json["prompt_tokens"] > 0
+
+
+def test_one_of_several_variants(gqsa: Gqsa, toy_artefact: Path, tmp_path: Path) -> None:
+    two = Path(shutil.copytree(toy_artefact, tmp_path / "two"))
+    shutil.copy(two / "model.so", two / "model.other.so")
+
+    def double(manifest: dict[str, Any]) -> None:
+        (variant,) = manifest["variants"]
+        manifest["variants"] += [
+            {
+                "target": {**variant["target"], "name": "other"},
+                "library": {**variant["library"], "file": "model.other.so"},
+            }
+        ]
+
+    edit_manifest(two, double)
+    words = ("run", two, "-p", "the", "--max-tokens", "2")
+    assert "Running the code for cpu." in gqsa(*words).err
+    assert "Running the code for other." in gqsa(*words, "--variant", "other").err
+    measured = gqsa("bench", two, "--variant", "other", "--prompt", "4", "--gen", "2", "--json")
+    assert measured.json["variant"] == "other"
+    done = gqsa(*words, "--variant", "avr")
+    assert (done.code, "avr" in done.error, "cpu, other" in done.error) == (2, True, True)
+    done = gqsa(*words, "--variant", "other", "--rpc", "phone:9090")
+    assert (done.code, "leave --variant out" in done.error) == (2, True)
 
 
 def test_run_and_chat_share_their_options(
@@ -130,12 +158,17 @@ def _say(monkeypatch: pytest.MonkeyPatch, *lines: str) -> None:
 def test_chat_keeps_the_conversation(
     gqsa: Gqsa, toy_artefact: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    _say(monkeypatch, "hi", "", "again", "/reset", "hi", "/exit", "not said")
+    _say(monkeypatch, "hi", "", "again", "/stats", "/reset", "hi", "/exit", "not said")
     done = gqsa("chat", toy_artefact, "--max-tokens", "3", "--json")
     assert done.code == 0
     first, second, third = (json.loads(line) for line in done.out.splitlines())
     assert second["prompt_tokens"] > first["prompt_tokens"]
     assert third["text"] == first["text"]
+    # What was said stays in the cache; after /reset a prompt is that of the first turn again.
+    assert first["cached_tokens"] == 0
+    assert second["cached_tokens"] > first["prompt_tokens"]
+    assert third["cached_tokens"] == third["prompt_tokens"] - 1
+    assert f"({second['cached_tokens']} in the cache)" in done.err
 
 
 def test_chat_commands(gqsa: Gqsa, toy_artefact: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -176,7 +209,7 @@ def test_ctrl_c_while_generating(toy_artefact: Path) -> None:
     words = ["run", str(toy_artefact), "-p", "the", "--max-tokens", "90", "--temperature", "3"]
     code = (
         "import sys, time\n"
-        "from gqsa_compiler.runtime.model import TextStream\n"
+        "from gqsa_compiler.runtime.stream import TextStream\n"
         "real = TextStream.__next__\n"
         "def slow(self):\n    time.sleep(0.2)\n    return real(self)\n"
         "TextStream.__next__ = slow\n"
@@ -281,6 +314,6 @@ def test_an_interrupted_answer_is_no_stop(
         raise AssertionError
 
     monkeypatch.setattr("gqsa_compiler.cli.chat._lines", lines)
-    monkeypatch.setattr("gqsa_compiler.runtime.model.TextStream.__next__", interrupted)
+    monkeypatch.setattr("gqsa_compiler.runtime.stream.TextStream.__next__", interrupted)
     done = gqsa("chat", toy_artefact)
     assert (done.code, done.error) == (2, "The second line is bad.")

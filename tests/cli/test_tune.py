@@ -2,24 +2,28 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 import gqsa_compiler.tune as tune_module
-from gqsa_compiler.tuning import session as session_module
+from gqsa_compiler.tuning import prepare as prepare_module
+from gqsa_compiler.tuning.bundle import Exported
 from gqsa_compiler.tuning.database import Database
+from gqsa_compiler.tuning.key import TargetKey
+from gqsa_compiler.tuning.session import Session
 from tests.cli.conftest import Gqsa
 from tests.tuning.fakes import FakeMeasurer, patch, task
-from tests.tuning.samples import V4
+from tests.tuning.samples import TRIAL, V4
 
 
 @pytest.fixture(autouse=True)
 def _fakes(monkeypatch: pytest.MonkeyPatch) -> None:
     """Tune a task that is computed, for x86-64-v4, on any machine."""
     for name in ("Workspace", "make_case"):
-        monkeypatch.setattr(session_module, name, getattr(session_module, name))
+        monkeypatch.setattr(prepare_module, name, getattr(prepare_module, name))
     patch()
     monkeypatch.setattr(tune_module, "model_tasks", lambda *_args: (V4, (task(),)))
     monkeypatch.setattr(tune_module, "check_runs_here", lambda _target: None)
@@ -57,6 +61,58 @@ def test_a_session_as_json_and_resumed(gqsa: Gqsa, tmp_path: Path) -> None:
     assert len(Database(tmp_path).read().trials) == 21
 
 
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--minutes", "nan"], "minutes is nan and must be 0 or more."),
+        (["--minutes", "-1"], "Invalid value for '--minutes': -1.0 is not in the range"),
+        (["--trials", "0"], "Invalid value for '--trials': 0 is not in the range"),
+        (["--seed", "-1"], "seed is -1 and must be from 0 to 4294967295."),
+        (["--seed", str(1 << 32)], "seed is 4294967296 and must be from 0 to 4294967295."),
+        (["--prompt", "9" * 400], "A workload has at most 1000000000 tokens of each kind."),
+        (["--gen", "1000000001"], "A workload has at most 1000000000 tokens of each kind."),
+        (["--threads", "1025"], "threads is 1025 and must be from 1 to 1024."),
+        (["--threads", "1000"], "threads is 1000 and this process may use"),
+    ],
+)
+def test_an_option_that_is_none(
+    gqsa: Gqsa, words: list[str], message: str, tmp_path: Path
+) -> None:
+    """Nothing is begun: there is no directory of a database, and no trial."""
+    done = gqsa("tune", "toy", "--db", tmp_path / "db", *words)
+    assert done.code == 2
+    assert done.error.startswith(message)
+    assert done.out == ""
+    assert not (tmp_path / "db").exists()
+
+
+def test_an_hour_without_end(gqsa: Gqsa, tmp_path: Path) -> None:
+    done = tune(gqsa, tmp_path / "db", "--minutes", "inf")
+    assert done.code == 0, done.err
+    assert "12 trials in" in done.out
+
+
+def test_an_export_takes_the_processor_that_is_named(
+    gqsa: Gqsa, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for chip in ("one", "other"):
+        trial = replace(TRIAL, target=TargetKey.of(V4, chip))
+        Database(tmp_path / "db").append(trial)
+    seen: list[str | None] = []
+
+    def export(*_args: Any, known: Any, **_options: Any) -> Exported:
+        seen.append(known.chip)
+        return Exported({}, {})
+
+    monkeypatch.setattr(tune_module, "export_bundle", export)
+    words = ["tune", "export", "toy", "--target", "x86-64-v4", "--db", tmp_path / "db", "-o"]
+    done = gqsa(*words, tmp_path / "bundle")
+    assert done.code == 2
+    assert "say which is meant with --chip: one, other" in done.err
+    assert gqsa(*words, tmp_path / "bundle", "--chip", "One").code == 0
+    assert seen == ["one"]
+
+
 def test_ctrl_c_ends_cleanly(gqsa: Gqsa, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def interrupt(number: int) -> None:
         if number > 5:
@@ -74,7 +130,7 @@ def test_show_best_merge_and_prune(gqsa: Gqsa, tmp_path: Path) -> None:
     tune(gqsa, tmp_path / "db")
     shown = gqsa("tune", "show", tmp_path / "db")
     assert "x86.bsr_int4" in shown.out
-    assert "1 sessions, 13 trials" in shown.out
+    assert "1 session, 13 trials" in shown.out
     overview = gqsa("tune", "show", tmp_path / "db", "--json").json
     assert overview["kernels"][0]["trials"] == 13
     best = gqsa("tune", "best", tmp_path / "db", "-o", tmp_path / "best", "--json").json
@@ -88,6 +144,16 @@ def test_show_best_merge_and_prune(gqsa: Gqsa, tmp_path: Path) -> None:
     left = Database(tmp_path / "all").read().trials
     assert left
     assert all(trial.best for trial in left)
+
+
+def test_a_text_of_a_record_is_no_markup(gqsa: Gqsa, tmp_path: Path) -> None:
+    chip = "[/red] [bold]x :smile:"
+    for session in ("s1", "s2"):
+        Database(tmp_path).append(replace(TRIAL, target=TargetKey.of(V4, chip), session=session))
+    shown = gqsa("tune", "show", tmp_path)
+    assert (shown.code, shown.out.count(chip)) == (0, 1)
+    assert "0 sessions, 2 trials" in shown.out
+    assert chip in gqsa("tune", "best", tmp_path).out
 
 
 @pytest.mark.parametrize(
@@ -124,17 +190,24 @@ def test_help_names_the_verbs(gqsa: Gqsa) -> None:
 def test_a_terminal_sees_a_table() -> None:
     from rich.console import Console
 
-    from gqsa_compiler.cli.tune_live import PlainView, table_of
+    from gqsa_compiler.cli.tune_live import LiveView, PlainView
     from tests.tuning.fakes import session
 
     lines: list[str] = []
     with pytest.MonkeyPatch.context() as undo:
         undo.setattr("gqsa_compiler.tuning.session.Database.append", lambda *_args: None)
         made = session(Path("unused"), FakeMeasurer(), trials=8, search="random")
-        made._observe = PlainView(lines.append)
+        plain, view = PlainView(lines.append), LiveView()
+        view.stage("reading", 0, 1)
+
+        def both(seen: Session) -> None:
+            plain(seen)
+            view(seen)
+
+        made._observe = both
         made.run()
     console = Console(width=100, record=True, file=open("/dev/null", "w"))  # noqa: SIM115, PTH123
-    console.print(table_of(made))
+    console.print(view)
     text = console.export_text()
     assert "layer 256x512" in text
     assert "8 trials" in text

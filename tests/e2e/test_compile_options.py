@@ -16,6 +16,7 @@ from gqsa_compiler import bundle as bundles
 from gqsa_compiler import compile as gqsa_compile
 from gqsa_compiler import runtime, toolchain
 from gqsa_compiler.errors import CompileError, UsageError
+from gqsa_compiler.report import CompileReport
 from gqsa_compiler.runtime.manifest import Manifest
 from gqsa_compiler.schedules.table import default_activations
 from gqsa_compiler.targets import parse_target
@@ -45,6 +46,21 @@ def artefact(checkpoint: Path) -> Path:
         str(checkpoint), output, bundle=True, debug_dump=checkpoint.parent / "dump", max_batch=3
     )
     return output
+
+
+@pytest.fixture(scope="module")
+def plain(checkpoint: Path, artefact: Path) -> tuple[Path, CompileReport]:
+    """Return it compiled with a float32 cache and the head as it is stored, and the report.
+
+    The modules of its phases go to where the first one's are, and a file of somebody else's.
+    """
+    dump = Path(shutil.copytree(artefact.parent / "dump", artefact.parent / "dump-again"))
+    (dump / "notes.py").write_text("# mine\n")
+    output = checkpoint.parent / "plain"
+    report = gqsa_compile(
+        str(checkpoint), output, kv_cache="float32", head="stored", debug_dump=dump
+    )
+    return output, report
 
 
 def test_the_artefact_is_whole(artefact: Path) -> None:
@@ -88,10 +104,10 @@ def test_the_report_accounts_for_every_layer(artefact: Path) -> None:
 
 
 def test_keys_and_values_are_float16_unless_float32_is_asked_for(
-    checkpoint: Path, artefact: Path, tmp_path: Path
+    artefact: Path, plain: tuple[Path, CompileReport]
 ) -> None:
-    report = gqsa_compile(str(checkpoint), tmp_path / "float32", kv_cache="float32")
-    wide, narrow = Manifest.read(tmp_path / "float32").kv_cache, Manifest.read(artefact).kv_cache
+    output, report = plain
+    wide, narrow = Manifest.read(output).kv_cache, Manifest.read(artefact).kv_cache
     assert (
         (wide.dtype, narrow.dtype) == (report.kv_cache_dtype, "float16") == ("float32", "float16")
     )
@@ -99,9 +115,9 @@ def test_keys_and_values_are_float16_unless_float32_is_asked_for(
 
 
 def test_the_head_stays_as_it_is_stored_if_that_is_asked_for(
-    checkpoint: Path, tmp_path: Path
+    plain: tuple[Path, CompileReport],
 ) -> None:
-    report = gqsa_compile(str(checkpoint), tmp_path / "stored", head="stored")
+    report = plain[1]
     assert report.kernel_counts["generic.dense"] == 1
     assert [f.layer for f in report.fallbacks] == ["model.embed_tokens"]
     assert report.fallbacks[0].by_choice
@@ -224,14 +240,15 @@ def test_dense_and_no_fallback_contradict_each_other(dense: Path, tmp_path: Path
         gqsa_compile(str(dense), tmp_path / "out", recipe="dense", no_fallback=True)
 
 
-def test_a_second_dump_replaces_the_first(checkpoint: Path, tmp_path: Path) -> None:
-    dump = tmp_path / "dump"
-    dump.mkdir()
-    (dump / "notes.py").write_text("# mine\n")
-    for name in ("first", "second"):
-        gqsa_compile(str(checkpoint), tmp_path / name, debug_dump=dump)
-    assert len(list(dump.glob("*-*.py"))) == 6
-    assert (dump / "notes.py").exists()
+def test_a_second_dump_replaces_the_first(
+    artefact: Path, plain: tuple[Path, CompileReport]
+) -> None:
+    first, second = artefact.parent / "dump", artefact.parent / "dump-again"
+    names = {path.name for path in first.iterdir()}
+    assert {path.name for path in second.iterdir()} == {*names, "notes.py"}
+    assert (second / "notes.py").read_text() == "# mine\n"
+    for name in names - {"0-bind.py"}:
+        assert (first / name).read_text() != (second / name).read_text(), name
 
 
 def test_another_tvm_is_refused_in_one_sentence(tmp_path: Path) -> None:

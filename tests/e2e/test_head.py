@@ -21,7 +21,7 @@ CHUNK = 16
 HEAD = LayerScheme(4, 32, False, 0.0)
 
 
-@pytest.fixture(scope="module", params=["llama", "qwen3"])
+@pytest.fixture(scope="module")
 def checkpoint(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return a compressed tiny model: Llama's head was its embedding, Qwen 3's was not."""
     folder = tmp_path_factory.mktemp(request.param)
@@ -30,7 +30,14 @@ def checkpoint(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPath
 
 
 @pytest.mark.parametrize(
-    ("activations", "head"), [("float32", "stored"), pytest.param("int16", "int8", marks=X86)]
+    ("checkpoint", "activations", "head"),
+    [
+        ("qwen3", "float32", "stored"),
+        pytest.param("llama", "int16", "int8", marks=X86),
+        pytest.param("llama", "float32", "stored", marks=pytest.mark.slow),
+        pytest.param("qwen3", "int16", "int8", marks=[X86, pytest.mark.slow]),
+    ],
+    indirect=["checkpoint"],
 )
 def test_it_runs_in_its_own_bits(checkpoint: Path, activations: str, head: str) -> None:
     output = checkpoint.parent / f"{activations}-{head}"

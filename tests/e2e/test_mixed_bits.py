@@ -60,7 +60,14 @@ def test_inspect_says_what_each_layer_is(checkpoint: Path) -> None:
         assert layer["bytes"] == codes + zeros + 4 * groups + 4 * (layer["n"] + 1)
 
 
-@pytest.mark.parametrize("activations", ["float32", pytest.param("int16", marks=X86), "int8"])
+@pytest.mark.parametrize(
+    "activations",
+    [
+        "float32",
+        pytest.param("int16", marks=X86),
+        pytest.param("int8", marks=pytest.mark.slow),  # its kernels' bits: tests/schedules
+    ],
+)
 def test_logits_and_greedy_text_agree_with_pytorch(checkpoint: Path, activations: str) -> None:
     output = checkpoint.parent / activations
     report = gqsa_compile(

@@ -111,7 +111,7 @@ def test_gptq(bits: int, dense: Path, tmp_path: Path) -> None:
 
 
 def test_gptq_versions(dense: Path, tmp_path: Path) -> None:
-    """Version 1 cannot say the zero point 0."""
+    """Version 1 cannot say the zero point 0, and is for symmetric layers only."""
     symmetric = LayerScheme(4, 32, True, 0.4)
     attention = [f"self_attn.{n}_proj" for n in "qkvo"]
     paths = (*attention, "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
@@ -125,7 +125,7 @@ def test_gptq_versions(dense: Path, tmp_path: Path) -> None:
     report = export_model(str(odd), tmp_path / "v2", "gptq")
     said = json.loads((tmp_path / "v2" / "config.json").read_text())["quantization_config"]
     assert said["checkpoint_format"] == "gptq_v2"
-    assert "zero point is 0" in report.notes[0]
+    assert "Zero points differ" in report.notes[0]
     same(tmp_path / "v2", odd)
 
 
@@ -213,6 +213,9 @@ def test_what_cannot_be_exported(dense: Path, checkpoint: Path, tmp_path: Path) 
     )
     (tmp_path / "out").mkdir()
     refused("exists; choose another name")
+    for inside in (checkpoint, checkpoint / "out"):
+        with pytest.raises(UsageError, match=r"(is|lies inside) the input .*checkpoint; choose a"):
+            export_model(str(checkpoint), inside, "dense")
 
 
 def test_report() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import closing
 from pathlib import Path
 
 import numpy as np
@@ -52,7 +53,7 @@ def test_logits_agree_with_pytorch(checkpoint: Path, arch: str) -> None:
     with runtime.load(output) as model:
         logits = np.concatenate([block.copy() for block in model.score(tokens)])
         assert relative_error(logits, expected) < TOLERANCE
-        with model.session() as session:
+        with closing(model.session()) as session:
             sequence = session.add()
             first = session.prefill(sequence, tokens[:CHUNK])
             rows = [np.array(first).reshape(-1)]
@@ -71,6 +72,36 @@ def test_greedy_text_is_the_same_twice(checkpoint: Path, arch: str) -> None:
         ]
     assert len(texts[0]) == 48
     assert texts[0] == texts[1]
+
+
+def test_graphs_give_what_plain_passes_give(checkpoint: Path, arch: str) -> None:
+    """Two sequences over several pages, prompts between them, which take scratch of their own."""
+    output = checkpoint.parent / "graphs"
+    options = {"prefill_chunk": CHUNK, "context_length": 256, "max_batch": 2}
+    gqsa_compile(str(checkpoint), output, target=f"cuda:{arch}", **options)
+    tokens = np.random.default_rng(3).integers(3, VOCAB_SIZE, 150)
+    found: list[list[np.ndarray]] = []
+    with runtime.load(output) as model:
+        for captured in (True, False):
+            with closing(model.session()) as session:
+                if not captured:
+                    session._machine.graphs = None
+                assert session.can_choose([0]) == captured
+                one, rows = session.add(), []
+                session.prefill(one, tokens[:5])
+                rows += [session.decode([one], [int(t)])[0].copy() for t in tokens[5:90]]
+                two = session.add()
+                session.prefill(two, tokens)
+                rows += list(session.decode([one, two], tokens[:2]).copy())
+                session.remove(one)
+                rows += [session.decode([two], [int(t)])[0].copy() for t in tokens[:20]]
+                found.append(rows)
+                if captured:  # the next token, chosen there and here
+                    draws = np.array([[0, 0, 1, 0, 0]], np.float32)
+                    chosen = session.decode([two], [7], draws)
+                    session.rewind(two, session.length(two) - 1)
+                    assert chosen[0] == session.decode([two], [7])[0].argmax()
+    assert relative_error(np.stack(found[0]), np.stack(found[1])) < 1e-3
 
 
 @pytest.mark.slow

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -15,7 +16,10 @@ import pytest
 import torch
 from safetensors.numpy import load_file, save_file
 from transformers import AutoModelForCausalLM
-from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
+from transformers.quantizers.auto import (
+    AUTO_QUANTIZATION_CONFIG_MAPPING,
+    AUTO_QUANTIZER_MAPPING,
+)
 
 import gqsa_compiler.hf
 from gqsa_compiler.checkpoint import CheckpointReader, LayerScheme, to_dense, validate
@@ -140,7 +144,9 @@ def test_linear(bits: int, density: float, symmetric: bool) -> None:
     parts = ["indptr", "indices", "qweight", "scales", *([] if symmetric else ["qzeros"])]
     state = {part: torch.from_numpy(np.array(getattr(layer, part))) for part in parts}
     bias = torch.arange(12.0)
-    module.load_state_dict({**state, "shape": torch.tensor(layer.shape), "bias": bias})
+    marker = torch.zeros(0, dtype=torch.uint8)
+    shape = torch.tensor(layer.shape)
+    module.load_state_dict({**state, "shape": shape, "weight": marker, "bias": bias})
     weight = torch.from_numpy(to_dense(layer))
     assert torch.equal(module.dense(), weight)
     x = torch.randn(2, 3, 64, generator=torch.Generator().manual_seed(0))
@@ -245,6 +251,33 @@ def test_layers_on_disk_are_refused() -> None:
     model = torch.nn.Sequential(GQSALinear(64, 8, 5, scheme, device="meta"))
     with pytest.raises(UsageError, match="Layer '0' was offloaded to disk"):
         GQSAQuantizer(GQSAConfig(**_config()))._process_model_after_weight_loading(model)
+
+
+def test_without_the_import_it_is_an_error(
+    checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A quantiser that is not known is a warning; a weight of the wrong size is an error."""
+    monkeypatch.delitem(AUTO_QUANTIZATION_CONFIG_MAPPING, "gqsa")
+    monkeypatch.delitem(AUTO_QUANTIZER_MAPPING, "gqsa")
+    with pytest.raises(RuntimeError, match="`ignore_mismatched_sizes` to `False`"):
+        load(checkpoint)
+
+
+def test_checkpoints_of_earlier_builds_have_no_markers(
+    checkpoint: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    shutil.copytree(checkpoint, tmp_path / "old")
+    file = tmp_path / "old" / "model.safetensors"
+    tensors = load_file(file)
+    markers = [name for name, array in tensors.items() if array.shape == (0,)]
+    assert markers
+    assert all(f"{name.removesuffix('weight')}qweight" in tensors for name in markers)
+    save_file({n: a for n, a in tensors.items() if n not in markers}, file, {"format": "pt"})
+    old = load(tmp_path / "old")
+    assert torch.equal(logits(old), logits(load(checkpoint)))
+    assert not caplog.records
+    old.save_pretrained(tmp_path / "saved")
+    assert set(markers) <= load_file(tmp_path / "saved" / "model.safetensors").keys()
 
 
 def test_tvm_is_not_needed() -> None:

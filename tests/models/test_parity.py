@@ -78,9 +78,10 @@ def test_llama_with_biases(llama: Llama) -> None:
             {"use_sliding_window": True, "sliding_window": 7, "max_window_layers": 1},
             id="qwen2-window",
         ),
-        pytest.param("qwen3", {}, id="qwen3"),
-        pytest.param("gemma3", {}, id="gemma3"),
-        pytest.param("opt", {}, id="opt"),
+        # These also run in tests/e2e/test_parity.py, in float32 against transformers.
+        pytest.param("qwen3", {}, id="qwen3", marks=pytest.mark.slow),
+        pytest.param("gemma3", {}, id="gemma3", marks=pytest.mark.slow),
+        pytest.param("opt", {}, id="opt", marks=pytest.mark.slow),
         pytest.param(
             "gemma3",
             {

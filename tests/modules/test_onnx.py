@@ -151,13 +151,32 @@ def test_a_size_can_be_fixed_and_no_fallback_names_dense_layers(tmp_path: Path) 
     assert not (tmp_path / "a").exists()
 
 
+def test_blocks_that_had_to_be_decoded_are_reported(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    arrays = {
+        "w": rng.integers(0, 256, (8, 2, 16), np.uint8),
+        "s": (rng.random(16) / 8).astype(np.float32),  # more digits than float16
+    }
+    said = {"K": 64, "N": 8, "bits": 4, "block_size": 32}
+    nodes = [node("MatMulNBits", "x w s", "y", domain="com.microsoft", **said)]
+    graph = model(nodes, {"x": (FLOAT, [3, 64])}, {"y": [3, 8]}, arrays, domains=["com.microsoft"])
+    onnx.save(graph, str(tmp_path / "m.onnx"))
+    report = compile_module(tmp_path / "m.onnx", tmp_path / "a")
+    (fallback,) = report.fallbacks
+    assert fallback.layer == "w"
+    assert fallback.reason == "decoded: its scales have more digits than float16"
+
+
 def test_bad_requests_are_named(tmp_path: Path, checkpoint: Path) -> None:
     path = tmp_path / "m.onnx"
     onnx.save(_encoder(), str(path))
     with pytest.raises(UsageError, match="no calibration inputs"):
         compress_onnx(path, "w4s30g16", tmp_path / "c", calibration=[])
-    with pytest.raises(ModelError, match="cannot run on the calibration inputs"):
+    with pytest.raises(UsageError, match="call 1: the graph takes ids, mask, each once"):
         compress_onnx(path, "w4s30g16", tmp_path / "c", calibration=[{"ids": np.zeros((1, 2))}])
+    beyond = {**_inputs(1, 4), "ids": np.full((1, 4), WORDS)}
+    with pytest.raises(ModelError, match="cannot run on the calibration inputs"):
+        compress_onnx(path, "w4s30g16", tmp_path / "c", calibration=[beyond])
     with pytest.raises(ModelError, match="no linear layer"):
         compress_onnx(path, "w4s30g16", tmp_path / "c", calibration=[_inputs(1, 4)], ignore=("*",))
     with pytest.raises(UsageError, match="neither an ONNX file nor a module checkpoint"):

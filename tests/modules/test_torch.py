@@ -161,7 +161,7 @@ def test_a_shared_weight_is_left_dense(tmp_path: Path) -> None:
     ids = torch.arange(24).reshape(4, 6)
     report = compress_module(Tied(), (ids,), "w4s30g16", tmp_path / "c", dynamic_shapes=None)
     assert [layer.name for layer in report.layers] == ["inner"]
-    assert "another layer's too" in report.dense[0].reason
+    assert "read in another way too" in report.dense[0].reason
 
 
 def test_recipes_for_decoders_are_refused(made: Made, tmp_path: Path) -> None:

@@ -12,11 +12,12 @@ import pytest
 from gqsa_compiler.runtime import devices
 from gqsa_compiler.runtime._ffi import tvm_ffi
 from gqsa_compiler.runtime.devices import Device, fit_cache, out_of_memory
-from gqsa_compiler.runtime.engine import Program, Session
+from gqsa_compiler.runtime.engine import Session
 from gqsa_compiler.runtime.errors import ArtefactError, UsageError
 from gqsa_compiler.runtime.gpus import CPU, CUDA
 from gqsa_compiler.runtime.manifest import Manifest
 from gqsa_compiler.runtime.model import Model
+from gqsa_compiler.runtime.program import Program
 
 MB = 1 << 20
 
@@ -129,7 +130,7 @@ def test_a_pass_without_memory_is_said(on_gpu: Program, monkeypatch: pytest.Monk
         def fail(*_: Any) -> None:
             raise RuntimeError("CUDA: out of memory")
 
-        monkeypatch.setattr(session, "_forward", fail)
+        monkeypatch.setattr(session._machine, "compute", fail)
         with pytest.raises(UsageError, match=r"GPU 0 is out of memory in the middle of a pass"):
             session.prefill(0, [1])
     finally:

@@ -3,6 +3,7 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -11,6 +12,7 @@ import tvm_ffi
 
 from gqsa_compiler.runtime.engine import Session
 from gqsa_compiler.runtime.errors import UsageError
+from gqsa_compiler.runtime.machine import Code
 from gqsa_compiler.runtime.model import Model
 from tests.runtime import toy
 from tests.runtime.conftest import Arrays
@@ -251,11 +253,15 @@ def test_a_failing_pass_leaves_the_session_usable(session: Session, expected: np
     def fail(*args: object) -> None:
         raise RuntimeError("no such luck")
 
+    session.prefill(sequence, TEXT[:5])
     with pytest.raises(RuntimeError, match="no such luck"):
         session._pass([sequence], np.array([3], np.int32), fail)
-    session.remove(sequence)
-    logits = session.prefill(session.add(), TEXT[:9])
-    np.testing.assert_allclose(logits, expected[8], **EXACT)
+    assert session.length(sequence) == 5
+    np.testing.assert_allclose(session.prefill(sequence, TEXT[5:9]), expected[8], **EXACT)
+    empty = session.add()
+    with pytest.raises(RuntimeError, match="no such luck"):
+        session._pass([empty], np.array([3], np.int32), fail)
+    np.testing.assert_allclose(session.prefill(empty, TEXT[:9]), expected[8], **EXACT)
 
 
 @pytest.mark.parametrize("n", range(1, 12))
@@ -268,5 +274,8 @@ def test_arguments_are_aligned(session: Session, n: int) -> None:
         return tokens
 
     ids = np.arange(20, dtype=np.int32)[n : 2 * n]
-    np.testing.assert_array_equal(session._pass([session.add()], ids, look, ids[:1]), ids)
+    machine = session._machine
+    machine._functions = {**machine._functions, "look": look}
+    compute = partial(machine.compute, Code("look", None), ids[:1])
+    np.testing.assert_array_equal(session._pass([session.add()], ids, compute), ids)
     assert seen == [0, 0]

@@ -13,16 +13,17 @@ from gqsa_compiler.runtime import gpus, library
 from gqsa_compiler.runtime.errors import ArtefactError
 from gqsa_compiler.runtime.gpus import CUDA, CudaDriver, check_gpu, open_driver
 from gqsa_compiler.runtime.manifest import Target
+from gqsa_compiler.targets import SHARED_BYTES
 
-# Knows CUDA 13.1, and as many GPUs of compute capability 9.0 as -DGPUS says.
+# What it knows, how many GPUs there are and of which compute capability is said by -D.
 DRIVER = """
 #include <string.h>
 int cuInit(unsigned flags) { return GPUS ? 0 : 100; }
-int cuDriverGetVersion(int* version) { *version = 13010; return 0; }
+int cuDriverGetVersion(int* version) { *version = VERSION; return 0; }
 int cuDeviceGetCount(int* count) { *count = GPUS; return 0; }
 int cuDeviceGetName(char* name, int size, int device) { strncpy(name, "Toy GPU", size); return 0; }
 int cuDeviceGetAttribute(int* value, int attribute, int device) {
-  *value = attribute == 75 ? 9 : 0;
+  *value = attribute == 75 ? CAPABILITY / 10 : CAPABILITY % 10;
   return device < GPUS ? 0 : 101;
 }
 """
@@ -84,12 +85,47 @@ def test_sentences() -> None:
         open_driver("libno-such-driver.so.1")
 
 
+def build_driver(folder: Path, **says: int) -> Path:
+    """Compile the driver above; what is left open says what a new one does of an H100."""
+    source, path = folder / "driver.c", folder / "libdriver.so"
+    source.write_text(DRIVER)
+    facts = {"GPUS": 1, "VERSION": 13010, "CAPABILITY": 90, **says}
+    defined = [f"-D{name}={value}" for name, value in facts.items()]
+    subprocess.run(["gcc", "-shared", "-fPIC", *defined, str(source), "-o", str(path)], check=True)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("says", "sentence"),
+    [
+        ({"GPUS": 0}, r"finds no GPU here .* nvidia-smi says, or compile .* --target cpu\.$"),
+        ({"VERSION": 12080}, r"too old: it knows CUDA 12\.8 and 13\.0 .* driver 580 or later\.$"),
+        ({"CAPABILITY": 89}, r"GPU here, Toy GPU, .* 8\.9; .* --target cuda:sm_89\.$"),
+        ({"CAPABILITY": 75}, r"Toy GPU, .* 7\.5; the kernels need 8\.0 or later; .*--target cpu"),
+        ({"CAPABILITY": 120}, r"Toy GPU, .* 12\.0; compile it again with --target cuda, whose PTX"),
+        ({}, ""),
+    ],
+    ids=["no-gpu", "old", "other", "turing", "blackwell", "good"],
+)
+def test_an_artefact_meets_a_driver(
+    says: dict[str, int], sentence: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All the way from what the driver answers in C to the sentence, without TVM or CUDA."""
+    path = build_driver(tmp_path, **says)
+    monkeypatch.setattr(library, "open_driver", lambda: open_driver(str(path)))
+    monkeypatch.setattr(library, "host_arch", lambda: "x86_64")
+    target = Target("cuda:sm_90", "cuda", "sm_90", ("sm_90",), CUDA, "x86_64-linux-gnu")
+    if not sentence:
+        library.check_target(target)
+        return
+    with pytest.raises(ArtefactError, match=sentence) as raised:
+        library.check_target(target)
+    assert "\n" not in str(raised.value)
+
+
 @pytest.mark.parametrize("count", [0, 2])
 def test_a_driver_is_asked(count: int, tmp_path: Path) -> None:
-    source, path = tmp_path / "driver.c", tmp_path / "libdriver.so"
-    source.write_text(DRIVER)
-    command = ["gcc", "-shared", "-fPIC", f"-DGPUS={count}", str(source), "-o", str(path)]
-    subprocess.run(command, check=True)
+    path = build_driver(tmp_path, GPUS=count)
     if count == 0:
         with pytest.raises(ArtefactError, match=r"finds no GPU here .cuInit returns 100."):
             open_driver(str(path))
@@ -115,3 +151,4 @@ def test_an_artefact_asks_the_driver(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ArtefactError, match=r"runtime cannot drive"):
         library.check_target(replace(target, device_type=7))
     assert gpus.LEAST_DRIVER == (13, 0)
+    assert [f"sm_{major}{minor}" for major, minor in gpus._BUILT_FOR] == sorted(SHARED_BYTES)

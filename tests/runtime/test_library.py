@@ -14,10 +14,10 @@ import numpy as np
 import pytest
 
 from gqsa_compiler.runtime import library
-from gqsa_compiler.runtime.engine import Program
 from gqsa_compiler.runtime.errors import ArtefactError
 from gqsa_compiler.runtime.manifest import Manifest, Target
 from gqsa_compiler.runtime.model import load
+from gqsa_compiler.runtime.program import Program
 from tests.runtime.toy import edit_manifest
 
 TARGET = Target("x86-64-v4", "llvm", platform.machine(), ("avx2", "avx512f"), 1, "")

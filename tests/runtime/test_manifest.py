@@ -51,7 +51,9 @@ def test_round_trip(artefact: Path, tmp_path: Path) -> None:
     ("change", "words"),
     [
         (lambda m: m.update(format="onnx"), "not the manifest of a GQSA artefact"),
-        (lambda m: m.update(format_version=3), "version 3 and this runtime reads versions 1 and"),
+        (lambda m: m.update(format_version=4), "version 4 and this runtime reads versions 1 to 3"),
+        (lambda m: m.update(format_version=3), "version 3 has adapters, and no other has"),
+        (lambda m: m.update(adapters=[]), "version 3 has adapters, and no other has"),
         (lambda m: m.update(format_version=True), "format version True"),
         (lambda m: m.update(format_version=1.0), "format version 1.0"),
         (lambda m: m.pop("format_version"), "format version None"),

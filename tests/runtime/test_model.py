@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from gqsa_compiler.runtime import model as model_module
+from gqsa_compiler.runtime import stream as stream_module
 from gqsa_compiler.runtime.engine import Session
 from gqsa_compiler.runtime.errors import ArtefactError, UsageError
 from gqsa_compiler.runtime.generation import Request, sampling_options
@@ -64,7 +64,7 @@ def test_batch_is_its_singles(model: Model, options: dict[str, Any]) -> None:
 @pytest.fixture(params=[0.0, 0.02], ids=["a step at a time", "slices"])
 def _slices(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """The toy model is so quick that it ends within one slice."""
-    monkeypatch.setattr(model_module, "_SLICE", request.param)
+    monkeypatch.setattr(stream_module, "_SLICE", request.param)
 
 
 @pytest.mark.usefixtures("_slices")

@@ -107,9 +107,28 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
             name: fields.get("activation_dtype", "float32") for name, (*_, fields) in CASES.items()
         }
     pairs = [(rule, n) for rule in RULES for n, dtype in dtypes.items() if runs(rule, dtype)]
+    every = second == "case" or "lanes" in metafunc.fixturenames
     metafunc.parametrize(
-        ("rule", second), pairs, ids=[f"{rule.name}-{name}" for rule, name in pairs]
+        ("rule", second),
+        [
+            pytest.param(
+                rule,
+                name,
+                id=f"{rule.name}-{name}",
+                marks=pytest.mark.slow if every and not is_quick(rule, name) else (),
+            )
+            for rule, name in pairs
+        ],
     )
+
+
+def is_quick(rule: ScheduleRule[Any], name: str) -> bool:
+    """Say whether a pair of a rule and a case, or of activations, is among the quick tests.
+
+    Rules of one kind differ by how they unpack codes: those of 4 bits see every case, the others
+    what differs most.
+    """
+    return 4 in bits_of(rule) or name in (*ALL_TILES, *MOST_DIFFERENT, exact_dtype(rule))
 
 
 def runs(rule: ScheduleRule[Any], dtype: ActivationDtype) -> bool:
@@ -128,6 +147,7 @@ def exact_dtype(rule: ScheduleRule[Any]) -> ActivationDtype:
 
 
 ALL_TILES = ("plain", "plain_int8", "gated_all", "plain_int16", "gated_all_int16")
+MOST_DIFFERENT = ("g8", "g8_int8", "g256", "g256_int8", "g8_int16_norm", "g256_int16_bias")
 FEW_TILES = (2, 4)
 TOKENS = st.sampled_from([1, 2, 3, 4, 5, 8, 9, 12, 13, 16, 17, 24, 25, 31, 33, 64, 65])
 
@@ -217,15 +237,14 @@ def test_the_largest_codes_and_activations(
         check(rule, spec, [layer], x, rng, FEW_TILES)
 
 
-@pytest.mark.parametrize("symmetric", [False, True])
 @pytest.mark.parametrize("m", [1, 7])
-def test_every_bits(
-    rule: ScheduleRule[Any], activation_dtype: str, symmetric: bool, m: int
+def test_every_bits_without_zero_points(
+    rule: ScheduleRule[Any], activation_dtype: str, m: int
 ) -> None:
     for bits in bits_of(rule):
         rng = np.random.default_rng(bits)
         keep = random_keep((21, 11), rng, 0.5)
-        layer = random_layer(keep, 16, rng, symmetric=symmetric, bits=bits)
+        layer = random_layer(keep, 16, rng, symmetric=True, bits=bits)
         x = rng.standard_normal((m, 176)).astype(np.float32)
         spec = spec_of(layer, activation_dtype=activation_dtype)
         check(rule, spec, [layer], x, rng, FEW_TILES)
@@ -284,7 +303,10 @@ def test_an_index_beyond_16_bits_with_its_zero_point(
     check(rule, spec, [layer], x, rng, FEW_TILES)
 
 
-@pytest.mark.parametrize("size", [8, 16, 64, 256])
+@pytest.mark.parametrize(
+    "size",
+    [8, pytest.param(16, marks=pytest.mark.slow), pytest.param(64, marks=pytest.mark.slow), 256],
+)
 @pytest.mark.parametrize("m", [1, 6])
 def test_int8_scales_belong_to_eight_columns(
     int8_rule: ScheduleRule[Any], size: int, m: int
@@ -319,7 +341,16 @@ def test_any_number_of_threads(rule: ScheduleRule[Any], threads: int) -> None:
 
 
 @pytest.mark.skipif(HOST.arch != "x86_64", reason="this machine cannot run x86 code")
-@pytest.mark.parametrize(("lanes", "size"), [(4, 16), (4, 8), (8, 16), (8, 32), (16, 32)])
+@pytest.mark.parametrize(
+    ("lanes", "size"),
+    [
+        (4, 8),
+        (8, 16),
+        (16, 32),
+        pytest.param(4, 16, marks=pytest.mark.slow),
+        pytest.param(8, 32, marks=pytest.mark.slow),
+    ],
+)
 def test_layouts_of_narrower_vectors(
     rule: ScheduleRule[Any], activation_dtype: str, lanes: int, size: int
 ) -> None:

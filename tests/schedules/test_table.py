@@ -79,14 +79,15 @@ def test_what_runs_on_a_gpu(name: str) -> None:
         check_activations(dtype, target)  # type: ignore[arg-type]
         spec = replace(SPARSE, activation_dtype=dtype)  # type: ignore[arg-type]
         assert select(spec, target)[0].name == "cuda.bsr_int4"
-        head = replace(spec, weight_dtype="int8", nnz=64 * 8, symmetric=True)
-        assert select(head, target)[0].name == "cuda.bsr_int8"
+        for bits, rule in ((2, 2), (3, 4), (8, 8)):
+            other = replace(spec, weight_dtype=f"int{bits}")
+            assert select(other, target)[0].name == f"cuda.bsr_int{rule}"
     assert select(DENSE, target)[0].name == "cuda.dense"
     for wrong in ("float32", "int8"):
         with pytest.raises(UsageError, match=f"no kernels with {wrong} activations for"):
             check_activations(wrong, target)  # type: ignore[arg-type]
-    with pytest.raises(CompileError, match=r"No kernel of target .* runs a bsr layer of int8"):
-        select(replace(SPARSE, weight_dtype="int8", activation_dtype="int16"), target)
+    with pytest.raises(CompileError, match=r"No kernel of target .* runs a bsr layer of int4"):
+        select(replace(SPARSE, activation_dtype="int8"), target)
 
 
 def test_float16_activations_are_for_gpus() -> None:

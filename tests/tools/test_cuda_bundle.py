@@ -251,6 +251,7 @@ def test_what_is_built() -> None:
     variants = {one.variant for one in jobs}
     assert variants == {
         "default", "sweep", "norm-gated", "bias-residual", "g32", "g128", "dense-g128",
+        "dense-w2-g64",
     }  # fmt: skip
     assert sum(one.variant == "sweep" for one in jobs) == 5 * 2 * 11
     keys = {packing_key({"config": vars(one.config), "spec": json.loads(one.spec.to_json())})

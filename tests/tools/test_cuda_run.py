@@ -60,9 +60,9 @@ def manifest(bundle: Path) -> dict[str, Any]:
 
 def test_goals_come_first_and_then_their_rivals(manifest: dict[str, Any]) -> None:
     names = [group.name for group in groups_of(manifest, [], True, "sm_90")]
-    assert names[:3] == ["48x256-0.5", "48x256-rivals", "64x128-0.5"]
+    assert names[:4] == ["48x256-0.5", "48x256-rivals", "llama-2-7b", "64x128-0.5"]
     assert sorted(names) == sorted(set(names))
-    assert len(names) == 2 * 3 + 2
+    assert len(names) == 2 * 3 + 2 + 1
     own = groups_of(manifest, ["64x128"], False, "sm_90")
     assert [group.name for group in own] == ["64x128-0.5", "64x128-0.3", "64x128-0.0"]
     assert [case[2] for case in own[0].cases] == [1, 2]
@@ -153,7 +153,7 @@ def measured(
     def measure(order: Any, script: Path, cases: Any, log: Path, clock: Clock) -> list[Any]:
         results = []
         for case in cases:
-            seconds = 1e-5 * case[2] * (4 if "rivals" in script.name else 1 - case[1] / 2)
+            seconds = 1e-5 * case[2] * (4 if isinstance(case[1], str) else 1 - case[1] / 2)
             result = {"case": "|".join(map(str, case)), "status": "ok", "weight_bytes": 20_000_000}
             result |= {"timing": {"median": seconds}, "bandwidth": 2e7 / seconds}
             if case[1] == 0.3 and case[2] == 2:
@@ -198,17 +198,17 @@ def test_a_run_goes_on_where_time_ended(
     assert cuda_run.main() == 0
     one = json.loads(parts[0].read_text())
     assert one["done"] == ["48x256-0.5", "48x256-rivals"]
-    assert [left["group"] for left in one["skipped"]][:2] == ["64x128-0.5", "48x256-0.3"]
+    assert [left["group"] for left in one["skipped"]][:2] == ["llama-2-7b", "64x128-0.5"]
     monkeypatch.setattr(sys, "argv", [*words, str(parts[1]), "--resume", str(parts[0])])
     assert cuda_run.main() == 1
     two = json.loads(parts[1].read_text())
-    assert calls[3] == "64x128-0.5"
+    assert calls[3] == "llama-2-7b"
     assert (two["done"], two["results"], two["rivals"]) == (
         measured["done"],
         measured["results"],
         measured["rivals"],
     )
-    assert two["skipped"] == []
+    assert (two["skipped"], two["models"]) == ([], measured["models"])
     parts[0].write_text(json.dumps({**one, "bundle": {**one["bundle"], "built": "yesterday"}}))
     with pytest.raises(SystemExit, match="built yesterday, not of this one"):
         cuda_run.main()
@@ -216,9 +216,11 @@ def test_a_run_goes_on_where_time_ended(
 
 def test_results_hold_what_was_found(measured: dict[str, Any]) -> None:
     assert measured["device"]["driver"] == "580.0"
-    # Two shapes, three sparsities, two token counts; a fused and a coarser kernel have one.
-    assert len(measured["results"]) == 2 * 3 * 2 + 2 * 2
+    # Two shapes, three sparsities, two token counts; a fused one and two coarser ones have one.
+    assert len(measured["results"]) == 2 * 3 * 2 + 3 * 2
     assert len(measured["rivals"]) == 2 * (4 * 7 + 3 * 2)
+    names = [f"llama-2-7b|torch-compile-fp16|{context}" for context in (128, 512, 1024)]
+    assert [result["case"] for result in measured["models"]] == names
     cases = [result["case"] for result in measured["results"]]
     assert len(cases) == len(set(cases))
     assert {case.split("|")[1] for case in cases} == {"0.5", "0.3", "0.0"}
@@ -244,12 +246,15 @@ def test_the_report(
     assert goal + "5.33 (torch-int4-g32) | 5.33 | not measured |" in text
     assert "| 48x256 | ours, int16 | 7.5 | 15.0 |" in text
     assert "| 48x256 | 10.00 | 8.50 | 7.50 | 10.00 |" in text
+    assert "| llama-2-7b | 128 | 5.120 | not all measured |" in text
     assert "- wrong: 64x128-int16-default-w12r2d2s16-sm_90, 64x128, 0.3, 2: all is lost" in text
     assert "- skipped: gemlite-w4-g16, 4 cases: no gemlite" in text
     if _has_matplotlib():
         assert {path.name for path in plots.iterdir()} == {"cuda-bandwidth.svg", "cuda-tokens.svg"}
     # A run that had no rivals and no time left, and in which all was right.
     short = {**measured, "rivals": [], "skipped": [{"group": "g", "reason": "no time was left"}]}
+    short["models"] = [{"case": "llama-2-7b|x|128", "status": "skipped", "fault": "no PyTorch"}]
+    assert "| llama-2-7b | 128 | skipped: no PyTorch | |" in Report.of(short).models()
     short["results"] = [r for r in measured["results"] if r["status"] == "ok"][:1]
     assert "- not begun: g: no time was left" in Report.of(short).markdown()
     assert Report.of({**short, "skipped": []}).faults() == "All were right."
@@ -288,7 +293,7 @@ def test_without_a_gpu_it_says_so(bundle: Path, tmp_path: Path) -> None:
     command = [sys.executable, str(bundle / "cuda_run.py"), "--out", str(tmp_path / "r.json")]
     done = subprocess.run(command, env=variables, capture_output=True, text=True)
     assert done.returncode == 1
-    assert "No GPU can be used: cuda_driver.DriverError: There is no NVIDIA" in done.stderr
+    assert "No GPU can be used: There is no NVIDIA driver here" in done.stderr
     assert not (tmp_path / "r.json").exists()
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,10 +13,12 @@ import numpy as np
 
 from gqsa_compiler.schedules.rule import KernelConfig
 from gqsa_compiler.tuning.database import Database
+from gqsa_compiler.tuning.lanes import Builders
 from gqsa_compiler.tuning.lookup import Tuned
 from gqsa_compiler.tuning.measure.outcome import Outcome
 from gqsa_compiler.tuning.measure.workspace import Candidate
-from gqsa_compiler.tuning.session import Session, Settings
+from gqsa_compiler.tuning.session import Session
+from gqsa_compiler.tuning.task_state import Settings
 from gqsa_compiler.tuning.tasks import Task, Workload
 from tests.tuning.samples import CHIP, V4, rule_of, sparse
 
@@ -44,6 +47,14 @@ class FakeWork:
         """Return a candidate without code."""
         return Candidate(config, Path(), Path(), {})
 
+    def place(self) -> Path:
+        """Return a folder that nothing is put in."""
+        return Path()
+
+    def complete(self, config: KernelConfig, folder: Path) -> Candidate:
+        """Return a candidate without code."""
+        return self.build(config)
+
 
 @dataclass
 class FakeMeasurer:
@@ -64,6 +75,7 @@ class FakeMeasurer:
     fails: Callable[[Any], str | None] = lambda _config: None
     count: int = 0
     slots: int = 1
+    read_bandwidth: float = 0.0
 
     def __post_init__(self) -> None:
         self._rng = np.random.default_rng(0)
@@ -72,6 +84,10 @@ class FakeMeasurer:
     def machine(self) -> dict[str, str]:
         """What records say of it."""
         return {"host": "fake"}
+
+    def stop(self) -> bool:
+        """Say that nothing can be ended."""
+        return False
 
     def measure(self, space: Any, candidate: Any, incumbent: Any, rounds: int = 0) -> Outcome:
         """Compute the times."""
@@ -97,6 +113,21 @@ class FakeMeasurer:
         )
 
 
+@dataclass
+class FakeBuilders:
+    """Stands for processes that make code, each in so many seconds."""
+
+    count: int = 1
+    seconds: float = 0.0
+
+    def build(self, work: Any, config: KernelConfig, folder: Path) -> None:
+        """Take the time."""
+        time.sleep(self.seconds)
+
+    def close(self) -> None:
+        """End nothing."""
+
+
 @dataclass(frozen=True)
 class FakeCase:
     """Stands for a `Case`."""
@@ -106,7 +137,11 @@ class FakeCase:
 
 
 def session(
-    folder: Path, measurer: FakeMeasurer, tasks: tuple[Task, ...] = (task(),), **settings: Any
+    folder: Path,
+    measurer: FakeMeasurer,
+    tasks: tuple[Task, ...] = (task(),),
+    builders: Builders | None = None,
+    **settings: Any,
 ) -> Session:
     """Make a session on a fake machine; `patch` comes first."""
     return Session(
@@ -120,12 +155,13 @@ def session(
         Settings(**settings),
         folder / "work",
         Tuned([], CHIP),
+        builders=builders,
     )
 
 
 def patch() -> None:
-    """Put the fakes into the session's module; for a process of its own, or undone by a test."""
-    from gqsa_compiler.tuning import session as module
+    """Put the fakes where sessions are prepared; for a process of its own, or undone by a test."""
+    from gqsa_compiler.tuning import prepare as module
 
     module.Workspace = FakeWork  # type: ignore[misc, assignment]
     module.make_case = lambda task, _config, _seed: FakeCase(task, task.spec)  # type: ignore[assignment, return-value]

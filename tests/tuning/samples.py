@@ -59,3 +59,7 @@ def trial_of(
         time="2026-01-01T00:00:00+00:00",
     )
     return replace(made, **fields)
+
+
+TRIAL = trial_of(sparse(), rule_of(sparse(), V4).space(sparse(), V4)[0])
+"""The default configuration of such a layer, on `CHIP`."""

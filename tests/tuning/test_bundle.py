@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 from dataclasses import replace
@@ -13,10 +14,13 @@ import pytest
 from gqsa_compiler.errors import CompileError, UsageError
 from gqsa_compiler.native import native_folder
 from gqsa_compiler.targets import host_arch, parse_target
-from gqsa_compiler.tuning.bundle import export_bundle, import_bundle
+from gqsa_compiler.tuning import bundle as bundle_module
+from gqsa_compiler.tuning.bundle import export_bundle
+from gqsa_compiler.tuning.bundle_results import import_bundle
 from gqsa_compiler.tuning.database import Database
 from gqsa_compiler.tuning.key import host_chip
 from gqsa_compiler.tuning.lookup import open_tuned
+from gqsa_compiler.tuning.measure.code import BuildError
 from gqsa_compiler.tuning.records import SessionStart
 from gqsa_compiler.tuning.report import render
 from gqsa_compiler.tuning.tasks import Task, Workload
@@ -109,6 +113,10 @@ def test_a_bundle_that_was_not_run(bundle: Path, tmp_path: Path) -> None:
         ({"tasks": None}, "tasks is missing or wrong"),
         ({"candidates": {"a": 1}}, "candidates is missing or wrong"),
         ({"candidates": {"../a": ""}}, "is no candidate"),
+        ({"candidates": {"a" * 5000: ""}}, "is no candidate"),
+        ({"session": "../../elsewhere"}, "session is missing or wrong"),
+        ({"tasks": [{"name": 3}]}, "bundle.json is damaged"),
+        ({"tasks": [{"name": "a", "rule": "b", "spec": "c", "share": 1e400}]}, "json is damaged"),
         ({"candidates": {"tasks-0-candidates-0": "{}"}}, "is damaged"),
     ],
 )
@@ -116,7 +124,8 @@ def test_a_damaged_bundle_is_refused(
     bundle: Path, tmp_path: Path, change: dict[str, object], message: str
 ) -> None:
     (bundle / "results").mkdir()
-    (bundle / "results" / "tasks-0-candidates-0.code").write_text("0\n")
+    for number in range(3):
+        (bundle / "results" / f"tasks-0-candidates-{number}.code").write_text("0\n")
     head = {**json.loads((bundle / "bundle.json").read_text()), **change}
     (bundle / "bundle.json").write_text(json.dumps(head))
     with pytest.raises(UsageError, match=message):
@@ -126,9 +135,74 @@ def test_a_damaged_bundle_is_refused(
         import_bundle(bundle, Database(tmp_path / "db"), "chip")
 
 
-def test_a_gpu_has_no_bundles(tmp_path: Path) -> None:
-    target = replace(HOST, name="cuda", kind="cuda", arch="sm_90")
-    with pytest.raises(UsageError, match="bundles are for CPUs"):
+def test_a_damaged_description_of_a_gpu_is_refused(bundle: Path, tmp_path: Path) -> None:
+    (bundle / "results").mkdir()
+    (bundle / "results" / "gpu").write_text('{"event":"gpu","name":7}')
+    with pytest.raises(UsageError, match="gpu: What the program says of the GPU is damaged"):
+        import_bundle(bundle, Database(tmp_path / "db"))
+
+
+def test_results_of_another_bundle_are_refused(bundle: Path, tmp_path: Path) -> None:
+    (bundle / "results").mkdir()
+    (bundle / "results" / "session").write_text("bundle-other\n")
+    (bundle / "results" / "tasks-0-candidates-0.code").write_text("0\n")
+    with pytest.raises(UsageError, match="results is of another bundle"):
+        import_bundle(bundle, Database(tmp_path / "db"), "chip")
+    with pytest.raises(subprocess.CalledProcessError):
+        run(bundle)
+    assert not (bundle / "results" / "tasks-0-candidates-1.code").exists()
+
+
+def test_without_the_default_no_other_takes_its_place(bundle: Path, tmp_path: Path) -> None:
+    for number, seconds in ((1, 0.5), (2, 0.999)):
+        start = bundle / "results" / f"tasks-0-candidates-{number}"
+        start.parent.mkdir(exist_ok=True)
+        start.with_suffix(".code").write_text("0\n")
+        sample = '{"event":"sample","tokens":%d,"seconds":[1,%g]}\n'
+        said = "".join(sample % (tokens, seconds) for tokens in small_task().calls)
+        start.with_suffix(".out").write_text(said + '{"event":"done"}\n')
+    import_bundle(bundle, Database(tmp_path / "db"), "chip")
+    trials = Database(tmp_path / "db").read().trials
+    assert [(t.ratio, t.best) for t in trials] == [(0.5, True), (0.999, False)]
+
+
+def test_a_pipe_among_results_is_refused(bundle: Path, tmp_path: Path) -> None:
+    (bundle / "results").mkdir()
+    (bundle / "results" / "tasks-0-candidates-0.code").write_text("0\n")
+    os.mkfifo(bundle / "results" / "tasks-0-candidates-0.out")
+    with pytest.raises(UsageError, match="no file of a bundle's"):
+        import_bundle(bundle, Database(tmp_path / "db"), "chip")
+
+
+def test_a_default_that_cannot_be_built_ends_all_builders(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pools = []
+
+    class Pool:
+        def __init__(self, count: int) -> None:
+            self.count, self.closed = count, False
+            pools.append(self)
+
+        def build(self, *_: object) -> None:
+            raise BuildError("refused")
+
+        def close(self) -> None:
+            self.closed = True
+
+    monkeypatch.setattr(bundle_module, "BuilderPool", Pool)
+    monkeypatch.setattr(bundle_module, "build_program", lambda *_: None)
+    with pytest.raises(CompileError, match="refused") as caught:
+        export_bundle(
+            tmp_path, [small_task()], HOST, "toy", Workload(5, 8), trials=2, threads=1, jobs=2
+        )
+    assert caught.value is not None  # its traceback keeps what was under way
+    assert [pool.closed for pool in pools] == [True]
+
+
+def test_a_phone_has_no_bundles(tmp_path: Path) -> None:
+    target = parse_target("android-arm64")
+    with pytest.raises(UsageError, match="bundles are for Linux"):
         export_bundle(tmp_path, [], target, "toy", Workload(), trials=1, threads=1)
 
 

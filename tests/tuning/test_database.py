@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import signal
 import subprocess
 import sys
 import time
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -19,11 +20,9 @@ from gqsa_compiler.errors import GqsaError, UsageError
 from gqsa_compiler.tuning.database import Database
 from gqsa_compiler.tuning.key import TargetKey
 from gqsa_compiler.tuning.records import SessionStart, Trial, from_line, to_line
-from tests.tuning.samples import CHIP, V4, rule_of, sparse, trial_of
+from tests.tuning.samples import CHIP, TRIAL, V4, sparse
 
 SPEC = sparse()
-CONFIG = rule_of(SPEC, V4).space(SPEC, V4)[0]
-TRIAL = trial_of(SPEC, CONFIG)
 
 
 def numbered(count: int, session: str = "s") -> list[Trial]:
@@ -61,14 +60,35 @@ def test_an_entry_of_a_later_release_is_passed_over() -> None:
         {"density": 1.5},
         {"rule": 3},
         {"session": "x" * 3000},
+        {"session": "../elsewhere"},
+        {"session": ".hidden"},
         {"rows": [0] * 2000},
         {"target": {"kind": "llvm"}},
+        {"config": {"ahead": math.nan}},
+        {"config": {"ahead": [-math.inf]}},
+        {"config": {"ahead": {"a": 1}}},
+        {"config": {"ahead": "\x1b[31m"}},
+        {"config": {"\ud800": 1}},
+        {"rule": "\x1b[2J"},
+        {"kernels": "a\nb"},
+        {"target": {**asdict(TRIAL.target), "chip": "\ud800"}},
+        {"target": {**asdict(TRIAL.target), "features": ["\x07"]}},
+        {"ratio": 5e-324},
+        {"ratio": 1e300},
+        {"calls": {}},
+        {"seconds": {"1": 1e-6, "7": 1e-6}},
     ],
 )
 def test_what_does_not_fit_is_not_believed(change: dict[str, object]) -> None:
     fields = {**json.loads(to_line(TRIAL)), **change}
     with pytest.raises(ValueError, match=r"."):
         from_line(json.dumps(fields).encode())
+
+
+def test_a_number_beyond_all_is_none() -> None:
+    line = to_line(TRIAL).replace(b'"noise":0.01', b'"noise":1e400')
+    with pytest.raises(ValueError, match="1e400 is no number"):
+        from_line(line)
 
 
 @settings(max_examples=200, deadline=None)
@@ -79,6 +99,24 @@ def test_any_damaged_line_is_refused_or_whole(cut: int, junk: bytes) -> None:
     except ValueError:
         return
     assert entry is None or isinstance(entry, Trial | SessionStart)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"session": ""},
+        {"session": "a/b"},
+        {"tasks": [{"name": 3}]},
+        {"tasks": [{"name": "a", "rule": "b", "spec": "c", "bytes": "many"}]},
+        {"tasks": [{"name": "a", "anything": [{"else": math.nan}]}]},
+    ],
+)
+def test_a_session_that_no_report_can_be_drawn_of(change: dict[str, object]) -> None:
+    task = {"name": "a", "rule": "b", "spec": "c", "bytes": 4}
+    start = SessionStart(TRIAL.target, "s", "toy", 1, 1, (task,))
+    assert from_line(to_line(start)) == start
+    with pytest.raises(ValueError, match=r"."):
+        from_line(json.dumps({**json.loads(to_line(start)), **change}).encode())
 
 
 def test_nesting_without_end_is_refused() -> None:
@@ -139,7 +177,7 @@ def test_a_full_disk_leaves_what_was_there(tmp_path: Path, monkeypatch: pytest.M
 
 _WRITER = """
 import sys
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from gqsa_compiler.tuning.database import Database
 from tests.tuning.test_database import numbered

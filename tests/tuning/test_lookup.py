@@ -8,10 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from gqsa_compiler.errors import UsageError
+from gqsa_compiler.errors import ArtefactError, UsageError
 from gqsa_compiler.schedules.choice import Choice
 from gqsa_compiler.schedules.spec import Epilogue, LinearSpec
 from gqsa_compiler.targets import TargetSpec, parse_target
+from gqsa_compiler.tuning import key, lookup
 from gqsa_compiler.tuning.database import Database
 from gqsa_compiler.tuning.key import host_chip, source_hash
 from gqsa_compiler.tuning.lookup import Known, Tuned, distance, open_tuned
@@ -145,6 +146,40 @@ def test_nor_for_a_gpu(made: str) -> None:
     assert Tuned([Known(of_gpu, 0)], CHIP).choose(rule, spec, here).source == "default"
 
 
+GPUS = ("cuda:sm_80", "cuda:sm_86", "cuda:sm_89", "cuda:sm_90")
+
+
+@pytest.mark.parametrize("made", GPUS)
+@pytest.mark.parametrize("asked", [*GPUS, "x86-64-v4", "aarch64"])
+def test_a_record_of_one_gpu_is_never_used_for_another(made: str, asked: str) -> None:
+    """Dense kernels have the same configurations on all GPUs: only the key differs."""
+    here, there = parse_target(made), parse_target(asked)
+    spec = LinearSpec(64, 128, "dense", "float16")
+    trial = trial_of(spec, rule_of(spec, here).space(spec, here)[-1], here, chip="nvidia-h100")
+    found = choose([trial], spec, there, chip="nvidia-h100")
+    assert found.source == ("exact" if made == asked else "default")
+    assert choose([trial], spec, there, chip="nvidia-h200").source == "default"
+    # The code that a driver may translate for later GPUs is another target's.
+    portable = replace(here, features=(made[5:].replace("sm_", "compute_"),))
+    assert choose([trial], spec, portable, chip="nvidia-h100").source == "default"
+
+
+def test_the_gpu_of_this_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    target = replace(parse_target("cuda:sm_90"), name="cuda")
+    spec = LinearSpec(64, 128, "dense", "float16")
+    config = rule_of(spec, target).space(spec, target)[-1]
+    Database(tmp_path).append(trial_of(spec, config, target, chip="nvidia-h100"))
+    monkeypatch.setattr(lookup, "gpu_chip", lambda: "nvidia-h200")
+    assert open_tuned(tmp_path, target).chip == "nvidia-h200"
+    assert open_tuned(tmp_path, target, "NVIDIA H100").chip == "nvidia-h100"  # as records have it
+
+    def none() -> str:
+        raise ArtefactError("no driver")
+
+    monkeypatch.setattr(lookup, "gpu_chip", none)
+    assert open_tuned(tmp_path, target).chip == "nvidia-h100"
+
+
 def test_a_record_of_another_chip_is_not_used() -> None:
     assert choose([trial_of(SPEC, BEST, chip="another")]).source == "default"
 
@@ -175,6 +210,8 @@ def test_the_processor_of_a_database(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"2 processors for x86-64-v4; .* some-chip, zen9"):
         open_tuned(tmp_path, V4)
     assert open_tuned(tmp_path, V4, "zen9").chip == "zen9"
+    with pytest.raises(UsageError, match=r"on a processor called zen8; choose one of .*zen9"):
+        open_tuned(tmp_path, V4, "zen8")
 
 
 def test_a_database_that_is_not_there(tmp_path: Path) -> None:
@@ -208,3 +245,21 @@ def test_the_hash_of_a_kernels_sources() -> None:
     assert source_hash(RULE) == source_hash(RULE)
     assert source_hash(RULE) != source_hash(generic)
     assert len(source_hash(RULE)) == 16
+
+
+def test_the_lowering_counts_for_the_hash(monkeypatch: pytest.MonkeyPatch) -> None:
+    rules = {name: rule_of(sparse(t), t) for name in ("x86-64-v4", "cuda:sm_90")
+             for t in [parse_target(name)]}  # fmt: skip
+    before = {name: source_hash(rule) for name, rule in rules.items()}
+    read = key._source
+
+    def changed(module: str) -> str:
+        return read(module) + ("x = 1\n" if module.endswith("schedules.cuda.lowering") else "")
+
+    monkeypatch.setattr(key, "_source", changed)
+    key._module_hash.cache_clear()
+    try:
+        after = {name: source_hash(rule) for name, rule in rules.items()}
+    finally:
+        key._module_hash.cache_clear()
+    assert [before[name] != after[name] for name in rules] == [False, True]

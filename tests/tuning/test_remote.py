@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import shutil
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import replace
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,14 +14,21 @@ import pytest
 
 from gqsa_compiler._tvm import tvm
 from gqsa_compiler.errors import GqsaError, UsageError
-from gqsa_compiler.tuning import session as session_module
+from gqsa_compiler.tuning import prepare as prepare_module
+from gqsa_compiler.tuning.database import Database
+from gqsa_compiler.tuning.lookup import Tuned
 from gqsa_compiler.tuning.measure.remote import (
+    Connect,
     RemoteMeasurer,
     parse_tracker,
     tracker_connect,
 )
-from tests.tuning.conftest import SMALL, Bench
-from tests.tuning.fakes import FakeMeasurer, patch, session
+from gqsa_compiler.tuning.measure.workspace import KERNEL
+from gqsa_compiler.tuning.session import Session
+from gqsa_compiler.tuning.task_state import Settings
+from gqsa_compiler.tuning.tasks import Workload
+from tests.tuning.conftest import HOST, SMALL, Bench, small_task
+from tests.tuning.fakes import FakeBuilders, FakeMeasurer, patch, session
 
 
 @contextmanager
@@ -101,37 +109,93 @@ def test_two_machines_share_a_sessions_work(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name in ("Workspace", "make_case"):
-        monkeypatch.setattr(session_module, name, getattr(session_module, name))
+        monkeypatch.setattr(prepare_module, name, getattr(prepare_module, name))
     patch()
     spent = {}
     for slots in (1, 2):
-        measurer = FakeMeasurer(before=lambda _n: time.sleep(0.05), slots=slots)
-        made = session(tmp_path / str(slots), measurer, trials=24, search="random")
+        measurer = FakeMeasurer(before=lambda _n: time.sleep(0.1), slots=slots)
+        builders = FakeBuilders(slots, 0.04)
+        made = session(
+            tmp_path / str(slots), measurer, builders=builders, trials=16, search="random"
+        )
+        made._set_up()
         begin = time.monotonic()
-        result = made.run()
+        made._try_all()
         spent[slots] = time.monotonic() - begin
-        assert result.trials == 24
-        assert result.tasks[0].trials == 24
-    assert spent[2] < 0.75 * spent[1]
+        assert made.trials == made.states[0].trials == 16
+    assert spent[2] < 0.6 * spent[1]  # half, within 20%
+
+
+_SLEEPS = """
+    const char* right = out.shape[0] == 1 ? "{case}/wanted-1.bin" : "{case}/wanted-5.bin";
+    FILE* file = fopen(right, "rb");
+    if (file == nullptr || fread(y, 4, size, file) == 0) return -1;
+    fclose(file);
+    usleep({microseconds});
+"""
+
+
+@dataclass
+class Copies(FakeBuilders):
+    """Builders whose every kernel is the same library."""
+
+    library: Path = Path()
+
+    def build(self, work: Any, config: Any, folder: Path) -> None:
+        """Copy it."""
+        shutil.copyfile(self.library, folder / KERNEL)
+
+
+@pytest.mark.slow
+def test_two_servers_halve_the_time(
+    planted: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Trials take the time that their kernels sleep: they need no processor of this machine."""
+    pytest.importorskip("tornado", reason="the extra `tune` (tornado) is not installed")
+    task = small_task()
+    spent = {}
+    with servers("sleepers", 2) as (host, port):
+        connect = wait_for(host, port, "sleepers", 2)
+        for slots in (1, 2):
+            folder = tmp_path / str(slots)
+            body = _SLEEPS.replace("{case}", str(folder / "work" / "0" / "case"))
+            library = planted(body.replace("{microseconds}", "150000"))
+            builders = Copies(library=library)
+            made = Session(
+                (task,), HOST, "chip", "toy", Workload(5, 8), Database(folder / "db"),
+                RemoteMeasurer(connect, slots, "here"),
+                Settings(trials=6, search="random", limits=SMALL), folder / "work",
+                Tuned([], "chip"), builders=builders,
+            )  # fmt: skip
+            made._set_up()
+            begin = time.monotonic()
+            made._try_all()
+            spent[slots] = time.monotonic() - begin
+            assert made.trials == 6
+            assert {t.status for t in Database(folder / "db").read().trials} == {"ok"}
+    assert spent[2] < 0.6 * spent[1], spent  # half, within 20%
+
+
+def wait_for(host: str, port: int, key: str, wanted: int) -> Connect:
+    """Wait until a tracker knows so many machines of a key."""
+    until = time.monotonic() + 120
+    while time.monotonic() < until:
+        with suppress(UsageError):
+            connect, count = tracker_connect(host, port, key)
+            if count == wanted:
+                return connect
+        time.sleep(0.2)
+    raise AssertionError(f"the tracker never had {wanted} machines")
 
 
 @pytest.mark.slow
 def test_a_tracker_with_two_servers(bench: Bench, planted: Callable[[str], Path]) -> None:
     pytest.importorskip("tornado", reason="the extra `tune` (tornado) is not installed")
     with servers("toys", 2) as (host, port):
-        until = time.monotonic() + 60
-        while True:
-            try:
-                connect, count = tracker_connect(host, port, "toys")
-            except UsageError:
-                count = 0
-            if count == 2 or time.monotonic() > until:
-                break
-            time.sleep(0.2)
-        assert count == 2
+        connect = wait_for(host, port, "toys", 2)
         with pytest.raises(UsageError, match="no machine of the key 'other'"):
             tracker_connect(host, port, "other")
-        measurer = RemoteMeasurer(connect, count, "toys")
+        measurer = RemoteMeasurer(connect, 2, "toys")
         assert measurer.measure(bench.work, bench.default, bench.default).status == "ok"
         crash = bench.work.adopt(bench.space[1], planted("abort();"))
         assert measurer.measure(bench.work, crash, bench.default).status == "crash"

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from gqsa_compiler.errors import CompileError, UsageError
+from gqsa_compiler.tuning import prepare as prepare_module
 from gqsa_compiler.tuning import session as session_module
 from gqsa_compiler.tuning.database import Database
 from gqsa_compiler.tuning.lookup import Known, Tuned, config_fields, open_tuned
@@ -31,7 +32,7 @@ def _fakes() -> Iterator[None]:
     """Let sessions build nothing."""
     with pytest.MonkeyPatch.context() as undo:
         for name in ("Workspace", "make_case"):
-            undo.setattr(session_module, name, getattr(session_module, name))
+            undo.setattr(prepare_module, name, getattr(prepare_module, name))
         patch()
         yield
 
@@ -72,7 +73,6 @@ def test_what_a_session_found_is_what_compiling_takes(tmp_path: Path) -> None:
 def test_equal_kernels_never_win(tmp_path: Path) -> None:
     """With a noise of 5% and nothing to be gained, the default stays."""
     measurer = FakeMeasurer(noise=0.05)
-    undo = session_module.compare
     made = session(tmp_path, measurer, trials=30, search="random")
     make = measurer.measure
 
@@ -81,7 +81,6 @@ def test_equal_kernels_never_win(tmp_path: Path) -> None:
 
     measurer.measure = equal  # type: ignore[assignment, method-assign]
     (state,) = made.run().tasks
-    assert undo is session_module.compare
     assert state.ratio > 0.97
 
 
@@ -121,6 +120,26 @@ def test_time_runs_out(tmp_path: Path) -> None:
     result = made[0].run()
     assert 0 < result.trials < 12
     assert result.seconds > 60
+
+
+def test_the_time_that_is_left_is_that_of_trials(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A trial takes 10 s, and what comes before them 100 s."""
+    clock = [0.0]
+    monkeypatch.setattr(session_module.time, "monotonic", lambda: clock[0])
+    said: list[float | None] = []
+
+    def before(number: int) -> None:
+        clock[0] += 100.0 if number == 1 else 10.0
+
+    measurer = FakeMeasurer(noise=0.0, before=before, fails=lambda _c: None)
+    made = session(tmp_path, measurer, trials=4, search="random")
+    made._observe = lambda s: said.append(s.left())
+    monkeypatch.setattr(measurer, "fails", lambda c: "hang" if measurer.count > 1 else None)
+    made.run()
+    assert said[0] is None
+    assert [s for s in said if s is not None] == [30.0, 30.0, 20.0, 20.0, 10.0, 10.0, 0.0]
 
 
 def test_ctrl_c_keeps_everything(tmp_path: Path) -> None:

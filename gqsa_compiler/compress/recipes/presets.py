@@ -172,16 +172,21 @@ def with_stages(recipe: Recipe, stages: Iterable[str]) -> Recipe:
     Raises
     ------
     UsageError
-        A stage is unknown.
+        A stage is unknown, or named twice.
     """
     wanted = tuple(stages)
-    for stage in wanted:
+    for index, stage in enumerate(wanted):
         if stage == NO_STAGES and len(wanted) > 1:
             raise UsageError(f"The stage {NO_STAGES} stands for no training: name it alone.")
         if stage not in (*STAGES, NO_STAGES):
             raise UsageError(
                 f"There is no training stage {stage!r}{_did_you_mean(stage, STAGES)} Name any of "
                 f"{', '.join(STAGES)}, or {NO_STAGES} alone for no training."
+            )
+        if stage in wanted[:index]:
+            raise UsageError(
+                f"The training stage {stage} is named twice; each runs once, in the order "
+                f"{', '.join(STAGES)}."
             )
     settings: dict[str, Any] = {}
     for stage in STAGES:

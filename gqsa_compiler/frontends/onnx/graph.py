@@ -14,12 +14,12 @@ from typing import Any
 
 import numpy as np
 from onnx import AttributeProto, ModelProto, NodeProto, ValueInfoProto, helper, numpy_helper
-from onnx.reference import ReferenceEvaluator
 
 from gqsa_compiler._tvm import relax, tvm
 from gqsa_compiler.errors import GqsaError, ModelError, UsageError
 from gqsa_compiler.frontends.onnx import convolutions, elementwise, layers, sizes, tensors
 from gqsa_compiler.frontends.onnx.elementwise import tensor_dtype
+from gqsa_compiler.frontends.onnx.evaluator import evaluator
 from gqsa_compiler.frontends.onnx.file import load_model, opset, read_tensor
 from gqsa_compiler.frontends.onnx.importer import Builder, GraphParameter
 from gqsa_compiler.frontends.onnx.sparse_op import DOMAIN
@@ -321,7 +321,7 @@ class _Import:
         model = helper.make_model(graph, opset_imports=versions)
         try:
             feeds = {name: np.asarray(self.values[name]) for name in names}
-            (result,) = ReferenceEvaluator(model).run(None, feeds)
+            (result,) = evaluator(model).run(None, feeds)
         except Exception as error:  # whatever a damaged graph makes of the evaluator
             raise ModelError(f"{node.where} cannot be computed: {error}.") from error
         return np.asarray(result)

@@ -127,8 +127,15 @@ class Builder:
         return "int64" if isinstance(value, Sizes) else str(value.ty.dtype)
 
     def parameter(self, name: str, array: Array) -> Expr:
-        """Return a parameter's variable; a name stands for one array."""
+        """Return a parameter's variable, the same for the same array.
+
+        A linear layer's weight is [N, K] here; where the graph also reads it as [K, N], that is
+        another parameter, ``<name>.turned``.
+        """
         known = self.parameters.get(name)
+        while known is not None and not _equal(known.array, array):
+            name = f"{name}.turned"
+            known = self.parameters.get(name)
         if known is None:
             kind = relax.TensorType(array.shape, str(array.dtype))
             known = GraphParameter(name, relax.Var(_identifier(name), kind), array)
@@ -235,6 +242,12 @@ class Builder:
 
     def _same(self, one: Sequence[Dim], other: Sequence[Dim]) -> bool:
         return len(one) == len(other) and all(map(self.equal, one, other))
+
+
+def _equal(one: Array | None, other: Array) -> bool:
+    if one is other:
+        return True
+    return one is not None and one.dtype == other.dtype and np.array_equal(one, other)
 
 
 def _prim(value: Dim) -> Any:

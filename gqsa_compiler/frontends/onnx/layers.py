@@ -12,39 +12,21 @@ from gqsa_compiler.errors import CheckpointError, ModelError
 from gqsa_compiler.frontends.onnx.importer import Builder
 from gqsa_compiler.frontends.onnx.matmul_nbits import read_matmul_nbits
 from gqsa_compiler.frontends.onnx.sparse_op import PARTS, parse_op
-from gqsa_compiler.frontends.onnx.values import Array, Expr, Node, Value
+from gqsa_compiler.frontends.onnx.values import Expr, Node, Value
 
 op = relax.op
 
 
 def layer_name(initializer: str) -> str:
     """Return the name of the layer that an initializer is the weight of."""
-    return initializer.removesuffix(".weight")
-
-
-def _weight(builder: Builder, matrix: Array, name: str, turned: bool) -> Expr:
-    """Return the parameter of a constant weight.
-
-    Parameters
-    ----------
-    matrix : float [N, K]
-    name : str
-        The initializer's.
-    turned : bool
-        The initializer is [K, N].
-    """
-    known = builder.parameters.get(name)
-    if turned and known is not None and known.array is not None and known.array.base is None:
-        name = f"{name}.turned"  # the graph reads it as it is, too
-    contiguous = np.ascontiguousarray(matrix)
-    return builder.parameter(name, contiguous)
+    return initializer.removesuffix(".weight") or initializer
 
 
 def matmul(builder: Builder, node: Node) -> Value:
     """Import a product; by a constant matrix it is a linear layer."""
     x, weight = builder.expr(node.inputs[0], node.names[0]), node.inputs[1]
     if isinstance(weight, np.ndarray) and weight.ndim == 2 and builder.dtype(x) == "float32":
-        return builder.linear(x, _weight(builder, weight.T, node.names[1], True))
+        return builder.linear(x, builder.parameter(node.names[1], np.ascontiguousarray(weight.T)))
     other = builder.expr(weight, node.names[1])
     return builder.emit(op.matmul(x, other, out_dtype=builder.dtype(x)), node)
 
@@ -57,9 +39,8 @@ def gemm(builder: Builder, node: Node) -> Value:
     if get("transA", 0):
         x = builder.emit(op.permute_dims(x, [1, 0]))
     if isinstance(weight, np.ndarray) and alpha == 1.0 and builder.dtype(x) == "float32":
-        as_stored = bool(get("transB", 0))
-        matrix = weight if as_stored else weight.T
-        parameter = _weight(builder, matrix, node.names[1], not as_stored)
+        matrix = np.ascontiguousarray(weight if get("transB", 0) else weight.T)
+        parameter = builder.parameter(node.names[1], matrix)
         vector = isinstance(bias, np.ndarray) and bias.size == len(matrix)
         if isinstance(bias, np.ndarray) and vector:
             scaled = bias.reshape(-1) * np.float32(beta)

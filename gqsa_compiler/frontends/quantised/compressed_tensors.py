@@ -11,7 +11,6 @@ straddle words: ten to a word. A byte each: ``P.weight`` int8 [N, K] and
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
@@ -25,6 +24,7 @@ from gqsa_compiler.frontends.quantised.layer_format import (
     Tensors,
     unpack_rows,
 )
+from gqsa_compiler.frontends.quantised.promised import NOTHING, Promised
 
 _FORMATS = frozenset(
     {
@@ -72,32 +72,6 @@ def weight_bits(fields: Mapping[str, Any], where: str) -> frozenset[int]:
     return frozenset(found)
 
 
-@dataclass(frozen=True)
-class Promised:
-    """Tensors that the configuration says every quantised layer has.
-
-    Parameters
-    ----------
-    zero_points : bool
-        All weights are asymmetric.
-    order : bool
-        All columns are in activation order (``actorder`` ``group``).
-    """
-
-    zero_points: bool = False
-    order: bool = False
-
-
-def promised(fields: Mapping[str, Any]) -> Promised:
-    """Read what ``quantization_config``, checked by `weight_bits`, says of all weights."""
-    groups = (fields.get("config_groups") or {}).values()
-    weights = [group["weights"] for group in groups if isinstance(group.get("weights"), dict)]
-    return Promised(
-        bool(weights) and all(w.get("symmetric") is False for w in weights),
-        bool(weights) and all(w.get("actorder") in ("group", True) for w in weights),
-    )
-
-
 def _unread(where: str, what: str) -> ModelError:
     return ModelError(
         f"{where} is a compressed-tensors checkpoint {what}; gqsa reads integer weights "
@@ -125,7 +99,7 @@ class _Scaled(LayerFormat):
         tensors: Tensors,
         where: str,
         named_bits: frozenset[int],
-        promised: Promised = Promised(),
+        promised: Promised = NOTHING,
     ) -> None:
         super().__init__(tensors, where)
         self.named_bits = named_bits
@@ -165,6 +139,9 @@ class _Scaled(LayerFormat):
         rows, count = self._scale_shape(layer)
         if rows not in (1, n) or count > k:
             raise self.error(layer, "has tensors of sizes that do not go together")
+        wrong = self.promised.misfit((n, k), (rows, count))
+        if wrong is not None:
+            raise self.error(layer, wrong)
 
 
 class PackedFormat(_Scaled):

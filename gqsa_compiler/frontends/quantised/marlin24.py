@@ -20,7 +20,13 @@ import numpy as np
 import numpy.typing as npt
 
 from gqsa_compiler.checkpoint import symmetric_zero
-from gqsa_compiler.frontends.quantised.layer_format import FLOATS, LayerFormat, unpack_rows
+from gqsa_compiler.frontends.quantised.layer_format import (
+    FLOATS,
+    LayerFormat,
+    Tensors,
+    unpack_rows,
+)
+from gqsa_compiler.frontends.quantised.promised import NOTHING, Promised
 
 _TILE = 16
 _RUN = 1024
@@ -31,9 +37,20 @@ _INTERLEAVE = {4: (0, 2, 4, 6, 1, 3, 5, 7), 8: (0, 2, 1, 3)}
 
 
 class Marlin24Format(LayerFormat):
-    """Layers of ``marlin-24``; see the module."""
+    """Layers of ``marlin-24``; see the module.
+
+    Parameters
+    ----------
+    tensors : Tensors
+    where : str
+    promised : Promised
+    """
 
     kind = "marlin-24"
+
+    def __init__(self, tensors: Tensors, where: str, promised: Promised = NOTHING) -> None:
+        super().__init__(tensors, where)
+        self.promised = promised
 
     @cached_property
     def layers(self) -> tuple[str, ...]:
@@ -63,6 +80,9 @@ class Marlin24Format(LayerFormat):
             or count not in counts
         ):
             raise self.error(layer, "has tensors of sizes that do not go together")
+        wrong = self.promised.misfit((n, k), (n, count))
+        if wrong is not None:
+            raise self.error(layer, wrong)
         return n, k
 
     def bits(self, layer: str) -> int:

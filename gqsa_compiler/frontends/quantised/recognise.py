@@ -13,12 +13,12 @@ from gqsa_compiler.frontends.quantised.bitmask import BitmaskTensors
 from gqsa_compiler.frontends.quantised.compressed_tensors import (
     IntegerFormat,
     PackedFormat,
-    promised,
     weight_bits,
 )
 from gqsa_compiler.frontends.quantised.gptq import GPTQFormat, GPTQSettings
 from gqsa_compiler.frontends.quantised.layer_format import LayerFormat, Tensors
 from gqsa_compiler.frontends.quantised.marlin24 import Marlin24Format
+from gqsa_compiler.frontends.quantised.promised import promised
 
 Found = tuple[Tensors, tuple[LayerFormat, ...]]
 _SETTINGS_FILES = ("quantize_config.json", "quant_config.json")
@@ -88,14 +88,14 @@ def _awq(fields: dict[str, Any], stored: Tensors, where: str) -> Found:
 
 def _compressed_tensors(fields: dict[str, Any], stored: Tensors, where: str) -> Found:
     bits = weight_bits(fields, where)
-    all_have = promised(fields)
+    all_have = promised(fields, where)
     tensors: Tensors = stored
     if any(name.endswith(".bitmask") for name in stored.names):
         tensors = BitmaskTensors(stored, where)
     return tensors, (
         PackedFormat(tensors, where, bits, all_have),
         IntegerFormat(tensors, where, bits, all_have),
-        Marlin24Format(tensors, where),
+        Marlin24Format(tensors, where, all_have),
     )
 
 

@@ -8,23 +8,26 @@ import resource
 import signal
 import subprocess
 from collections.abc import Callable
-from importlib import util
-from importlib.resources import files
+from contextlib import suppress
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from gqsa_compiler.errors import CompileError
 from gqsa_compiler.targets import TargetSpec
-from gqsa_compiler.toolchain import library_linker
 from gqsa_compiler.tuning.measure.outcome import Outcome
+from gqsa_compiler.tuning.measure.program import PROGRAM, build_program, host_libraries
 from gqsa_compiler.tuning.measure.workspace import Candidate, Workspace
 
-SOURCE = "measure.cpp"
-PROGRAM = "gqsa-measure"
-LIBRARIES = ("libtvm_ffi.so", "libtvm_runtime.so")
-_NO_MEMORY = ("not enough memory", "cannot allocate memory", "bad_alloc", "failed to map segment")
+_NO_MEMORY = (
+    "not enough memory",
+    "cannot allocate memory",
+    "bad_alloc",
+    "failed to map segment",
+    "out of memory",
+)
 _THREAD_BYTES = 256 << 20  # of address space: a stack, and the allocator's arena
 _MOST_OUTPUT = 16 << 20
+_LEAST = 1e-9  # seconds: nothing that is called takes less
 
 
 class Measurer(Protocol):
@@ -38,6 +41,10 @@ class Measurer(Protocol):
     def slots(self) -> int:
         """How many candidates it measures at once."""
 
+    @property
+    def read_bandwidth(self) -> float:
+        """Bytes a second that its memory gives; 0 where it does not tell."""
+
     def measure(
         self,
         space: Workspace,
@@ -47,59 +54,8 @@ class Measurer(Protocol):
     ) -> Outcome:
         """Check a candidate and time it in turns with the incumbent; rounds 0: the usual number."""
 
-
-def program_source() -> str:
-    """Return the source of the measuring program."""
-    return files(__package__).joinpath(SOURCE).read_text(encoding="utf-8")
-
-
-def build_program(target: TargetSpec, path: Path) -> None:
-    """Compile the measuring program for a target.
-
-    Raises
-    ------
-    CompileError
-        There is no compiler for it, or no headers of apache-tvm-ffi.
-    """
-    command = [w for w in library_linker(target).command if w not in ("-shared", "-fPIC")]
-    source = path.with_suffix(".cpp")
-    source.write_text(program_source(), encoding="utf-8")
-    words = ["-std=c++17", "-O2", f"-I{package('tvm_ffi') / 'include'}", str(source)]
-    done = subprocess.run(
-        [*command, *words, "-o", str(path), "-ldl", "-pthread"],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    source.unlink()
-    if done.returncode:
-        said = " ".join(done.stderr.split())[-500:]
-        raise CompileError(f"{command[0]} could not compile {SOURCE}: {said}")
-
-
-def package(name: str) -> Path:
-    """Return the folder of an installed package.
-
-    Raises
-    ------
-    CompileError
-        It is not installed.
-    """
-    spec = util.find_spec(name)
-    if spec is None or spec.origin is None:
-        raise CompileError(f"The package {name} is not installed.")
-    return Path(spec.origin).parent
-
-
-def host_libraries(folder: Path) -> Path:
-    """Make a folder of links to this machine's TVM runtime libraries, and return it."""
-    folder.mkdir(parents=True)
-    for name in LIBRARIES:
-        found = [p for p in (package(n) / "lib" / name for n in ("tvm_ffi", "tvm")) if p.is_file()]
-        if not found:
-            raise CompileError(f"{name} is in neither apache-tvm nor apache-tvm-ffi.")
-        (folder / name).symlink_to(found[0])
-    return folder
+    def stop(self) -> bool:
+        """End what is being measured; False if that has to be waited for."""
 
 
 class LocalMeasurer:
@@ -129,7 +85,10 @@ class LocalMeasurer:
         self._program = folder / PROGRAM
         build_program(target, self._program)
         self._emulator = emulator
-        self._libraries = libraries or host_libraries(folder / "lib")
+        self._libraries = libraries or host_libraries(folder / "lib", target)
+        self._on_gpu = target.kind == "cuda"
+        self._running: list[subprocess.Popen[bytes]] = []
+        self._gpu = self._describe_gpu() if self._on_gpu else {}
 
     @property
     def machine(self) -> dict[str, str]:
@@ -139,7 +98,27 @@ class LocalMeasurer:
             "host": uname.nodename,
             "system": f"{uname.sysname} {uname.release}",
             "how": "emulator" if self._emulator else "process",
+            **({"gpu": str(self._gpu["name"])} if self._gpu else {}),
         }
+
+    @property
+    def read_bandwidth(self) -> float:
+        """Bytes a second that the GPU copies, read and written ones; 0 on a CPU."""
+        return float(self._gpu.get("copy", 0.0))
+
+    def _describe_gpu(self) -> dict[str, Any]:
+        """Ask the program which GPU there is.
+
+        Raises
+        ------
+        CompileError
+            It can use none.
+        """
+        words = [str(self._program), "--gpu", str(self._libraries)]
+        done = subprocess.run(words, capture_output=True, check=False)
+        if done.returncode:
+            raise CompileError(" ".join(done.stderr.decode(errors="replace").split())[-500:])
+        return read_gpu(done.stdout)
 
     def measure(
         self,
@@ -155,10 +134,24 @@ class LocalMeasurer:
         room = 2 * (limits.rotate_bytes + 2 * space.weight_bytes) + 4 * space.case_bytes
         room += limits.memory_bytes + space.threads * _THREAD_BYTES
         words = [*self._emulator, str(self._program), str(folder), str(self._libraries)]
-        return run_job(words, limits.run_seconds, None if self._emulator else room)
+        # CUDA reserves far more addresses than it uses.
+        memory = None if self._emulator or self._on_gpu else room
+        return run_job(words, limits.run_seconds, memory, self._running)
+
+    def stop(self) -> bool:
+        """End what is being measured."""
+        for process in list(self._running):
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+        return True
 
 
-def run_job(words: list[str], seconds: float, memory: int | None) -> Outcome:
+def run_job(
+    words: list[str],
+    seconds: float,
+    memory: int | None,
+    running: list[subprocess.Popen[bytes]] | None = None,
+) -> Outcome:
     """Run the measuring program and read what it prints.
 
     Parameters
@@ -169,6 +162,8 @@ def run_job(words: list[str], seconds: float, memory: int | None) -> Outcome:
         After which it is ended.
     memory : int or None
         Most address space, in bytes; None: no limit.
+    running : list of Popen or None
+        Has the process in it as long as it runs.
     """
 
     def limit() -> None:
@@ -185,6 +180,8 @@ def run_job(words: list[str], seconds: float, memory: int | None) -> Outcome:
         start_new_session=True,
         preexec_fn=_quiet(limit),
     ) as process:
+        running = [] if running is None else running
+        running.append(process)
         try:
             out, err = process.communicate(timeout=seconds)
         except subprocess.TimeoutExpired:
@@ -193,6 +190,8 @@ def run_job(words: list[str], seconds: float, memory: int | None) -> Outcome:
         except BaseException:
             os.killpg(process.pid, signal.SIGKILL)
             raise
+        finally:
+            running.remove(process)
     return read_outcome(process.returncode, out, err)
 
 
@@ -202,6 +201,24 @@ def _quiet(limit: Callable[[], None]) -> Callable[[], None]:
         limit()
 
     return prepare
+
+
+def read_gpu(out: bytes) -> dict[str, Any]:
+    """Read what the program prints of a GPU: ``name``, ``arch``, ``cache``, ``copy``.
+
+    Raises
+    ------
+    CompileError
+        It is something else.
+    """
+    try:
+        found = json.loads(out[:_MOST_OUTPUT])
+        name, arch, rate = str(found["name"]), str(found["arch"]), float(found["copy"])
+        if found["event"] != "gpu" or not 0 < len(name) < 256 or not 0 < rate < 1e15:
+            raise ValueError("a GPU that is none")
+    except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
+        raise CompileError(f"What the program says of the GPU is damaged: {error}.") from None
+    return {"name": name, "arch": arch, "copy": rate}
 
 
 def read_outcome(code: int, out: bytes, err: bytes) -> Outcome:
@@ -229,11 +246,11 @@ def read_outcome(code: int, out: bytes, err: bytes) -> Outcome:
                 return _wrong(event)
             if event["event"] == "sample":
                 incumbent, candidate = (float(s) for s in event["seconds"])
-                if not (0 < incumbent < 1e6 and 0 < candidate < 1e6):
+                if not (_LEAST < incumbent < 1e6 and _LEAST < candidate < 1e6):
                     raise ValueError("a time that is none")
                 samples.setdefault(int(event["tokens"]), []).append((incumbent, candidate))
             done = done or event["event"] == "done"
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
+    except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
         return Outcome("crash", f"It printed something else than results: {error}.")
     if not done:
         return Outcome("crash", "It ended before it was done.")

@@ -97,6 +97,8 @@ class RemoteMeasurer:
         self.slots = slots
         self._name = name
 
+    read_bandwidth = 0.0
+
     @property
     def machine(self) -> dict[str, str]:
         """What records say of the machine."""
@@ -122,6 +124,10 @@ class RemoteMeasurer:
             if time.monotonic() - begin > limits.run_seconds - _SLACK_SECONDS:
                 return Outcome("hang", f"It took more than {limits.run_seconds:g} s.")
             return Outcome("crash", f"The session ended: {said}")
+
+    def stop(self) -> bool:
+        """Do nothing: the machines' sessions end by themselves."""
+        return False
 
 
 class _Trial:

@@ -10,9 +10,6 @@ Paths in a job are relative to it, so that the directory can be carried elsewher
 
 from __future__ import annotations
 
-import resource
-import signal
-import tempfile
 from collections.abc import Hashable
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,21 +18,14 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from gqsa_compiler._child import run_in_child
-from gqsa_compiler._tvm import Target, tvm
 from gqsa_compiler.errors import CompileError
-from gqsa_compiler.passes import cpu_code
 from gqsa_compiler.schedules.rule import KernelConfig
 from gqsa_compiler.targets import TargetSpec
-from gqsa_compiler.toolchain import library_linker
 from gqsa_compiler.tuning.measure.case import Case
+from gqsa_compiler.tuning.measure.code import BuildError, make_code
 
 KERNEL, JOB = "kernel.so", "job.txt"
 _TYPES = {"i": "i", "u": "u", "f": "f", "V": "u"}  # bfloat16 is raw bytes to numpy
-
-
-class BuildError(CompileError):
-    """A candidate's code could not be made."""
 
 
 @dataclass(frozen=True)
@@ -128,23 +118,36 @@ class Workspace:
         BuildError
             The rule, TVM, LLVM or the linker failed, or took too long.
         """
+        folder = self.place()
+        rule, spec, seconds = self.case.task.rule, self.case.spec, self.limits.build_seconds
+        make_code(rule, spec, config, self.target, folder / KERNEL, seconds)
+        return self.complete(config, folder)
+
+    def adopt(self, config: KernelConfig, library: Path) -> Candidate:
+        """Take a candidate whose code is there already."""
+        folder = self.place()
+        (folder / KERNEL).write_bytes(library.read_bytes())
+        return self.complete(config, folder)
+
+    def place(self) -> Path:
+        """Make the folder of one more candidate, whose code `KERNEL` is to be put there."""
         folder = self.root / "candidates" / str(self._count)
         self._count += 1
         folder.mkdir(parents=True)
-        self._build(config, folder / KERNEL)
+        return folder
+
+    def complete(self, config: KernelConfig, folder: Path) -> Candidate:
+        """Pack the weight for a candidate whose code is in its folder.
+
+        Raises
+        ------
+        BuildError
+            It cannot be packed.
+        """
         try:
             packed, arrays = self._pack(config)
         except CompileError as error:
             raise BuildError(str(error)) from error
-        return Candidate(config, folder, packed, arrays)
-
-    def adopt(self, config: KernelConfig, library: Path) -> Candidate:
-        """Take a candidate whose code is there already."""
-        packed, arrays = self._pack(config)
-        folder = self.root / "candidates" / str(self._count)
-        self._count += 1
-        folder.mkdir(parents=True)
-        (folder / KERNEL).write_bytes(library.read_bytes())
         return Candidate(config, folder, packed, arrays)
 
     def write_job(
@@ -153,6 +156,7 @@ class Workspace:
         """Write what is to be measured into the candidate's folder, and return the folder."""
         limits, case = self.limits, self.case
         lines = [
+            f"device {'gpu' if self.target.kind == 'cuda' else 'cpu'}",
             f"threads {self.threads}",
             f"rotate {limits.rotate_bytes}",
             f"rounds {rounds or limits.rounds}",
@@ -203,40 +207,6 @@ class Workspace:
             size = sum(array.nbytes for array in packed.values())
             self.weight_bytes = max(self.weight_bytes, size)
         return self._packed[way]
-
-    def _build(self, config: KernelConfig, path: Path) -> None:
-        rule: Any = self.case.task.rule
-        spec, target, seconds = self.case.spec, self.target, self.limits.build_seconds
-
-        def generate() -> None:
-            # In the child: whatever hangs is ended by the alarm, whatever grows by the limit.
-            signal.signal(signal.SIGALRM, signal.SIG_DFL)
-            signal.alarm(seconds)
-            limit = _address_space() + (4 << 30)
-            resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
-            function = rule.build(spec, config, target).with_attr("global_symbol", "main")
-            module = tvm.IRModule({"main": function})
-            made = tvm.compile(module, Target(target.tvm_dict()), tir_pipeline=cpu_code.register())
-            linker = library_linker(target)
-
-            def link(output: str, objects: list[str], **_options: Any) -> None:
-                linker(Path(output), objects)
-
-            with tempfile.TemporaryDirectory(dir=path.parent) as objects:
-                made.export_library(str(path), fcompile=link, workspace_dir=objects)
-
-        try:
-            run_in_child(generate, "Code generation")
-        except CompileError as error:
-            text = str(error)
-            if f"signal {int(signal.SIGALRM)})" in text:
-                text = f"Making the code took more than {seconds} s."
-            raise BuildError(text) from error
-
-
-def _address_space() -> int:
-    """Return the bytes of address space that this process has."""
-    return int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
 
 
 def _write(folder: Path, name: str, array: npt.NDArray[Any]) -> str:

@@ -13,6 +13,7 @@ namespace {
 using nlohmann::json;
 
 constexpr std::int64_t kFormatVersion = 2;
+constexpr std::int64_t kAdaptersVersion = 3;
 constexpr std::size_t kMostVariants = 64;
 constexpr std::int64_t kPageMultiple = 8;  // what the attention kernels need
 
@@ -239,14 +240,16 @@ Manifest parse_manifest(std::string_view text, const std::string& where) {
   }
   const auto version = data.find("format_version");
   if (version == data.end() || !version->is_number_integer() ||
-      (*version != 1 && *version != kFormatVersion)) {
+      (*version != 1 && *version != kFormatVersion && *version != kAdaptersVersion)) {
     throw artefact_error(where + " has artefact format version " + version_text(data) +
-                         " and this runtime reads versions 1 and 2; compile the model again with "
+                         " and this runtime reads versions 1 to 3; compile the model again with "
                          "this release of gqsa.");
   }
   Record r(data, where, "");
   r.skip("format");
   r.skip("format_version");
+  // The model's own functions take no adapter's tensors, which are the last ones.
+  if (*version == kAdaptersVersion) r.skip("adapters");
   Manifest manifest;
   r.text("producer");
   Record versions = r.record("versions");

@@ -102,6 +102,7 @@ def test_chosen_stages_keep_their_settings() -> None:
         (["e2e"], "no training stage 'e2e'[.] Name any"),
         (["none", "block"], "name it alone"),
         ([""], "no training stage ''"),
+        (["block", "scales", "block"], "stage block is named twice; each runs once, in the order"),
     ],
 )
 def test_unknown_stages(stages: list[str], message: str) -> None:

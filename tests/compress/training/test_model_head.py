@@ -8,8 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
-from torch.nn import functional
 
 from gqsa_compiler.compress.blocks import HEAD
 from gqsa_compiler.compress.recipes.recipe import ModelStage
@@ -18,8 +16,16 @@ from gqsa_compiler.compress.training.grouped_linear import GroupedLinear
 from gqsa_compiler.compress.training.model_stage import ModelTrainer
 from gqsa_compiler.compress.training.teacher import teacher_states
 from tests.compress.training.conftest import Dense
-from tests.compress.training.helpers import grad, is_storable, round_linear, student
-from tests.compress.training.trainers import SCALES, TOKENS, WEIGHTS, parameters, run, trained_names
+from tests.compress.training.helpers import is_storable, round_linear, student
+from tests.compress.training.trainers import (
+    SCALES,
+    TOKENS,
+    WEIGHTS,
+    parameters,
+    run,
+    step_and_autograd,
+    trained_names,
+)
 
 BLOCKS_STAY = dataclasses.replace(SCALES, norm_rate=0.0, zero_rate=0.0, distillation=1.0)
 
@@ -76,35 +82,9 @@ def test_gradients_of_a_step(family: str, cap: float | None, dense: Dense) -> No
     model.config.final_logit_softcapping = cap
     stage = dataclasses.replace(SCALES, batch_tokens=10**6, distillation=0.7)
     trainer, pupil, _ = make(model, stage)
-    reference = copy.deepcopy(pupil)
-    teacher = teacher_states(model, TOKENS, torch.float32)
-
-    def logits(plain: Tensor) -> Tensor:
-        plain = plain[:, :-1].flatten(0, 1)
-        return plain if cap is None else cap * torch.tanh(plain / cap)
-
-    hidden = reference.base_model(input_ids=TOKENS, use_cache=False).last_hidden_state
-    ours = logits(reference.get_output_embeddings()(hidden))
-    theirs = logits(teacher @ model.get_output_embeddings().weight.T)
-    divergence = functional.kl_div(
-        ours.log_softmax(-1), theirs.log_softmax(-1), log_target=True, reduction="batchmean"
-    )
-    entropy = functional.cross_entropy(ours, TOKENS[:, 1:].flatten())
-    (0.7 * divergence + 0.3 * entropy).backward()
-    seen: dict[str, Tensor] = {}
-
-    def keep(optimizer: Any, args: Any, keywords: Any) -> None:
-        for name, parameter in pupil.named_parameters():
-            if parameter.grad is not None:
-                seen[name] = parameter.grad.clone()
-
-    trainer._optimizer.register_step_pre_hook(keep)
-    losses = trainer.train_step().losses
-    assert losses.divergence == pytest.approx(float(divergence.detach()), rel=1e-4)
-    assert losses.cross_entropy == pytest.approx(float(entropy.detach()), rel=1e-4)
-    assert {f"{HEAD}.scale", f"{HEAD}.zero"} <= set(seen)
-    for name, found in seen.items():
-        wanted = grad(reference.get_parameter(name))
+    gradients = step_and_autograd(trainer, model, pupil)
+    assert {f"{HEAD}.scale", f"{HEAD}.zero"} <= set(gradients)
+    for name, (found, wanted) in gradients.items():
         if name.startswith(HEAD):
             wanted = wanted / wanted.square().mean().sqrt()
         assert float((found - wanted).norm() / wanted.norm()) < 1e-3, name

@@ -17,12 +17,11 @@ from gqsa_compiler.frontends.quantised.codes import Misfit
 from gqsa_compiler.frontends.quantised.compressed_tensors import (
     IntegerFormat,
     PackedFormat,
-    Promised,
-    promised,
 )
 from gqsa_compiler.frontends.quantised.gptq import GPTQFormat, GPTQSettings
 from gqsa_compiler.frontends.quantised.layer_format import LayerFormat
 from gqsa_compiler.frontends.quantised.marlin24 import Marlin24Format
+from gqsa_compiler.frontends.quantised.promised import Grouping, Promised, promised
 from tests.frontends.quantised.packers import (
     Arrays,
     Matrix,
@@ -362,14 +361,72 @@ def test_zero_points_that_the_settings_promise_are_not_made_up() -> None:
         found.matrix("p")
 
 
-def test_what_the_settings_promise() -> None:
-    def fields(**weights: Any) -> dict[str, Any]:
-        return {"config_groups": {"group_0": {"weights": weights}}}
+def groups_of(*weights: dict[str, Any]) -> dict[str, Any]:
+    """Return a configuration with a group of layers for each."""
+    return {"config_groups": {f"group_{i}": {"weights": w} for i, w in enumerate(weights)}}
 
-    assert promised({}) == Promised()
-    assert promised(fields(symmetric=True, actorder=None)) == Promised()
-    assert promised(fields(symmetric=False, actorder="weight")) == Promised(zero_points=True)
-    assert promised(fields(actorder="group")) == Promised(order=True)
+
+def test_what_the_settings_promise() -> None:
+    def found(*weights: dict[str, Any]) -> Promised:
+        return promised(groups_of(*weights), "model")
+
+    assert promised({}, "model") == Promised()
+    assert found({"symmetric": True, "actorder": None}) == Promised()
+    assert found({"symmetric": False, "actorder": "weight"}) == Promised(zero_points=True)
+    assert found({"actorder": "group"}) == Promised(order=True)
+    wide, row, one = Grouping("group", 64), Grouping("channel"), Grouping("tensor")
+    assert found({"group_size": 64}).groupings == (wide,)
+    assert found({"group_size": -1}, {"strategy": "tensor"}).groupings == (row, one)
+    assert found({"strategy": "group", "group_size": 64}, {"strategy": "channel"}) == Promised(
+        groupings=(wide, row)
+    )
+    assert found({"group_size": 64}, {}).groupings == ()  # nothing is known of the others
+
+
+@pytest.mark.parametrize(
+    ("weights", "message"),
+    [
+        ({"group_size": 0}, "model: group_0 of its quantization_config has group_size 0"),
+        ({"group_size": True}, "group_size True"),
+        ({"group_size": "32"}, "group_size '32'"),
+        ({"strategy": "block"}, "weights of the strategy 'block'; gqsa reads group, channel"),
+        ({"strategy": ["group"]}, r"weights of the strategy \['group'\]"),
+    ],
+)
+def test_groups_that_are_refused(weights: dict[str, Any], message: str) -> None:
+    with pytest.raises(ModelError, match=message):
+        promised(groups_of(weights), "model")
+
+
+def test_scales_are_those_that_the_settings_promise() -> None:
+    groups, whole = random_matrix(20, 96), random_matrix(20, 96, group=96, symmetric=True)
+    parts, channel = pack_compressed(groups), pack_compressed(whole, symmetric=True)
+    single = {**channel, "weight_scale": whole.scales[:1]}
+    whole.scales[:] = whole.scales[0]
+
+    def found(parts: Arrays, *said: Grouping) -> PackedFormat:
+        return PackedFormat(stored(parts), "model", frozenset({4}), Promised(groupings=said))
+
+    right, wrong = Grouping("group", 32), Grouping("group", 40)
+    row, one = Grouping("channel"), Grouping("tensor")
+    check(found(parts, right), groups)
+    check(found(parts, row, right), groups)  # whichever group of layers it belongs to
+    check(found(single, one), whole)
+    assert found(parts, wrong).shape("p") == (20, 96)  # the last one shorter
+    for given, said, message in (
+        (parts, Grouping("group", 64), r"'p' has scales of shape \[20, 3\], but its 20 x 96 weigh"),
+        (parts, Grouping("group", 64), r"weights have \[20, 2\] \(group_size 64\) by the settings"),
+        (parts, row, r"\[20, 1\] \(strategy channel\)"),
+        (channel, one, r"scales of shape \[20, 1\], but .* \[1, 1\] \(strategy tensor\)"),
+        (channel, right, r"\[20, 3\] \(group_size 32\)"),
+    ):
+        with pytest.raises(ModelError, match=message):
+            found(given, said).scheme("p")
+    m = make_two_four(random_matrix(64, 256, group=128, symmetric=True))
+    tiled = stored(pack_marlin24(m, grouped=False))
+    check(Marlin24Format(tiled, "model", Promised(groupings=(Grouping("group", 128),))), m)
+    with pytest.raises(ModelError, match=r"scales of shape \[64, 2\], but .* \[64, 1\]"):
+        Marlin24Format(tiled, "model", Promised(groupings=(row,))).shape("p")
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])

@@ -79,7 +79,7 @@ CASES: dict[str, tuple[Pack, dict[str, Any], bool]] = {
     "gptq": (packer(pack_gptq, low=1), GPTQ, False),
     "gptq-sym": (packer(pack_gptq, symmetric=True), {**GPTQ, "sym": True}, True),
     "awq": (packer(pack_awq), AWQ, False),
-    "packed": (packer(pack_compressed), packed_config(symmetric=False), False),
+    "packed": (packer(pack_compressed), packed_config(symmetric=False, group_size=32), False),
     "packed-8": (packer(pack_compressed, bits=8), packed_config(8), False),
     "marlin-24": (two_four, packed_config(layout="marlin-24"), True),
 }
@@ -213,6 +213,7 @@ def test_biases_of_zeros_that_the_model_has_not(llama: Path, tmp_path: Path) -> 
         (packed_config(bits=16), "group_0 of its quantization_config has num_bits 16"),
         ({**packed_config(), "config_groups": [1]}, "config_groups .* are no objects"),
         ({**packed_config(), "transform_config": {"a": 1}}, "with transforms"),
+        (packed_config(strategy="block"), "of the strategy 'block'; gqsa reads group"),
     ],
 )
 def test_directories_that_are_refused(

@@ -31,7 +31,7 @@ MANIFESTS: dict[str, tuple[Change, str]] = {
     "architecture": (_variant(arch="riscv64"), "riscv64"),
     "device": (_variant(device_type=2, kind="cuda"), "cannot drive"),
     "feature": (_variant(flags=["quantum"]), "lacks quantum"),
-    "newer": (lambda d: d.update(format_version=3), "format version 3"),
+    "newer": (lambda d: d.update(format_version=4), "format version 4"),
     "version": (lambda d: d.update(format_version=True), "format version true"),
     "format": (lambda d: d.update(format="zip"), "not the manifest"),
     "key": (lambda d: d.update(extra=1), "unknown key 'extra'"),

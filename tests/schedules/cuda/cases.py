@@ -16,7 +16,7 @@ import pytest
 from gqsa_compiler.checkpoint import BSRLayer
 from gqsa_compiler.schedules.cuda import config as configs
 from gqsa_compiler.schedules.cuda.arch import arch_of
-from gqsa_compiler.schedules.cuda.bsr import CudaBsrInt4
+from gqsa_compiler.schedules.cuda.bsr import CudaBsr, CudaBsrInt2, CudaBsrInt4, CudaBsrInt8
 from gqsa_compiler.schedules.cuda.config import CudaConfig
 from gqsa_compiler.schedules.spec import LinearSpec
 from gqsa_compiler.targets import TargetSpec
@@ -25,6 +25,7 @@ from tests.schedules.linear_cases import assert_within, expected, random_operand
 
 Array = npt.NDArray[Any]
 RULE = CudaBsrInt4()
+RULES = (CudaBsrInt2(), RULE, CudaBsrInt8())
 HALF_ERROR = 1.5e-3
 """Of the sum of magnitudes: a half's inputs and sums of eight are off by 2^-11 each at most."""
 
@@ -37,14 +38,21 @@ def cuda_target(arch: str) -> TargetSpec:
 TARGET = cuda_target("sm_90")
 
 
+def rule_of(spec: LinearSpec) -> CudaBsr:
+    """Return the only rule that runs a layer."""
+    (rule,) = (rule for rule in RULES if rule.applies(spec, TARGET))
+    return rule
+
+
 @lru_cache(maxsize=64)
 def program(code: LinearSpec, config: CudaConfig, tiles: tuple[int, ...]) -> Program:
     """Compile a kernel for the emulation, with code for tiles of so many tokens only."""
     folder = Path(tempfile.mkdtemp(prefix="emulated-"))
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    rule = rule_of(code)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(configs, "TILES", tiles)
-        return emulate(RULE.build(code, config, TARGET), arch_of(TARGET.arch), folder)
+        return emulate(rule.build(code, config, TARGET), arch_of(TARGET.arch), folder)
 
 
 def run(
@@ -57,10 +65,10 @@ def run(
     order: int = 0,
 ) -> Array:
     """Pack `layers`, run the emulated kernel, check its counters, and return its output."""
-    assert RULE.applies(spec, TARGET)
-    packed = RULE.pack(spec, config, layers)
-    names = [param.name for param in RULE.params(spec, config)]
-    for param in RULE.params(spec, config):
+    rule = rule_of(spec)
+    packed = rule.pack(spec, config, layers)
+    names = [param.name for param in rule.params(spec, config)]
+    for param in rule.params(spec, config):
         array = packed[param.name]
         assert str(array.dtype) == param.dtype, param.name
         assert param.shape in (array.shape, (None,)), param.name
@@ -68,7 +76,7 @@ def run(
     after = [operands[name] for name in ("bias", "residual") if name in operands]
     out = np.full((len(x), spec.n_out), np.nan, np.float32)
     arrays = [*before, *(packed[name] for name in names), *after, out]
-    results = program(RULE.code_key(spec), config, tiles).run(arrays, order)
+    results = program(rule.code_key(spec), config, tiles).run(arrays, order)
     written = {len(before) + names.index(name) for name in ("arrivals", "partials")}
     for i, (old, new) in enumerate(zip(arrays[:-1], results[:-1], strict=True)):
         if i not in written:
@@ -89,8 +97,9 @@ def check(
     """Run random inputs, compare the output with the reference, and return it."""
     x = rng.standard_normal((m, spec.k)).astype(np.float32)
     operands = random_operands(spec, m, rng)
-    weight = np.concatenate([CudaBsrInt4().stored(spec, config, layer) for layer in layers])
-    magnitude = 20 * np.abs(weight)  # a code and its zero point are up to 15 times the scale
+    weight = np.concatenate([rule_of(spec).stored(spec, config, layer) for layer in layers])
+    # A code and its zero point are up to 15 (or 255) times the scale.
+    magnitude = (20 if spec.bits < 8 else 60) * np.abs(weight)
     if spec.activation_dtype == "float16":
         magnitude = HALF_ERROR / 2e-6 * np.abs(weight)
     got = run(spec, config, layers, x, operands, tiles, order)

@@ -57,6 +57,10 @@ extern "C" __global__ void __launch_bounds__(64) halves(float* __restrict__ out)
   half2 sum = __hfma2(a, b, __floats2half2_rn(1.0f, -1.0f));
   out[4] = __low2float(sum);
   out[5] = __high2float(sum);
-  out[6] = __dp2a_lo((5 << 16) | 0xfffd, 0x04030201, 100);
-  out[7] = __dp2a_hi((5 << 16) | 0xfffd, 0x04030201, 100);
+  int low, high;
+  asm("dp2a.lo.s32.u32 %0, %1, %2, %3;" : "=r"(low) : "r"((5u << 16) | 0xfffdu), "r"(0x0403ff01u), "r"(100));
+  asm("dp2a.hi.s32.u32 %0, %1, %2, %3;" : "=r"(high) : "r"((5u << 16) | 0xfffdu), "r"(0x0403ff01u), "r"(100));
+  out[6] = low;
+  out[7] = high;
+  out[8] = __byte_perm(0x40302010u, 0x64656667u, 0x0341) == 0x10406720u;
 }

@@ -20,6 +20,7 @@ SMALL = CudaConfig(blocks=5, warps=2, depth=1, scale_bits=8)
 Case = tuple[int, int, int, bool, dict[str, Any], CudaConfig]
 CASES: dict[str, Case] = {
     "half_norm": (45, 40, 16, False, {"norm_eps": 1e-5, "epilogue": Epilogue(bias=True)}, CONFIG),
+    "eight_bits": (45, 40, 16, False, {"bits": 8, "norm_eps": 1e-5}, CONFIG),
     "gated_small_scales": (70, 9, 32, True, {"epilogue": GATED}, SMALL),
 }
 SLOW: dict[str, Case] = {
@@ -33,13 +34,19 @@ SLOW: dict[str, Case] = {
     )
     for size in (8, 16, 32, 64, 128, 256)
     for config in (CONFIG, SMALL)
+} | {
+    f"g{size}_of_{bits}": (40, -(-600 // size), size, size == 32, {"bits": bits}, CONFIG)
+    for size in (8, 16, 32, 64, 128, 256)
+    for bits in (2, 8)
 }
 
 
 def run_case(case: Case, density: float, m: int, seed: int) -> None:
     n, groups, size, symmetric, fields, config = case
     rng = np.random.default_rng(seed)
-    layer = random_layer(random_keep((n, groups), rng, density), size, rng, symmetric=symmetric)
+    fields = dict(fields)
+    keep, bits = random_keep((n, groups), rng, density), fields.pop("bits", 4)
+    layer = random_layer(keep, size, rng, symmetric=symmetric, bits=bits)
     spec = spec_of(layer, activation_dtype="float16", **fields)
     check(spec, config, [layer], m, rng, (), order=seed)
 

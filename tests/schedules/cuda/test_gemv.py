@@ -13,7 +13,7 @@ from gqsa_compiler.schedules.cuda import gemv
 from gqsa_compiler.schedules.cuda.config import CudaConfig
 from gqsa_compiler.schedules.reference import decode
 from gqsa_compiler.schedules.spec import Epilogue
-from tests.schedules.cuda.cases import HALF_ERROR, RULE, TARGET, check, cuda_target, run
+from tests.schedules.cuda.cases import HALF_ERROR, RULE, TARGET, check, cuda_target, rule_of, run
 from tests.schedules.linear_cases import random_keep, random_layer, spec_of
 
 GATED = Epilogue(bias=True, activation="silu", gated=True, residual=True)
@@ -35,6 +35,23 @@ CASES: dict[str, Case] = {
         replace(SMALL, warps=3),
         (4,),
     ),
+    "two_bits_integer": (21, 24, 16, True, {"bits": 2, "activation_dtype": "int16"}, SMALL, (2,)),
+    "eight_bits": (21, 24, 16, False, {"bits": 8}, SMALL, (2,)),
+}
+OTHER_BITS: dict[str, Case] = {
+    f"{dtype}_{bits}_bits_g{size}{'_symmetric' if symmetric else ''}": (
+        41,
+        -(-400 // size),
+        size,
+        symmetric,
+        {"activation_dtype": dtype, "bits": bits, "epilogue": Epilogue(residual=True)},
+        CudaConfig(blocks=6, warps=3, depth=2),
+        (1, 2, 4, 8),
+    )
+    for dtype in ("float16", "int16")
+    for bits in (2, 8)
+    for size in (8, 16, 32, 64, 128, 256)
+    for symmetric in (size in (16, 64),)
 }
 SLOW: dict[str, Case] = {
     f"{dtype}_g{size}_{bits}{'_symmetric' if symmetric else ''}": (
@@ -49,7 +66,7 @@ SLOW: dict[str, Case] = {
     for dtype, activation in (("float16", "gelu_tanh"), ("int16", "gelu"))
     for size in (8, 16, 32, 64, 128, 256)
     for bits, depth, symmetric in ((16, 3, False), (8, 1, True))
-}
+} | OTHER_BITS
 
 
 @pytest.fixture(autouse=True)
@@ -63,9 +80,9 @@ def run_case(case: Case, density: float, m: int, seed: int, order: int) -> None:
     fields = {"activation_dtype": "float16", **fields}
     rng = np.random.default_rng(seed)
     keep = random_keep((n, groups), rng, density)
-    layer = random_layer(keep, size, rng, symmetric=symmetric, bits=3 if seed % 3 == 0 else 4)
-    if layer.symmetric and layer.bits == 3:
-        layer = random_layer(keep, size, rng, symmetric=True)
+    # Codes of 3 and 4 bits share code where zero points are stored.
+    bits = fields.pop("bits", 3 if seed % 3 == 0 and not symmetric else 4)
+    layer = random_layer(keep, size, rng, symmetric=symmetric, bits=bits)
     check(spec_of(layer, **fields), config, [layer], m, rng, tiles, order)
 
 
@@ -134,9 +151,9 @@ def test_folded_layers_are_stacked() -> None:
 
 
 @pytest.mark.parametrize("symmetric", [False, True])
-def test_codes_of_2_bits_are_widened(symmetric: bool) -> None:
+def test_codes_of_2_bits_in_groups_of_8_are_widened(symmetric: bool) -> None:
     rng = np.random.default_rng(8)
-    layer = random_layer(rng.random((37, 13)) < 0.5, 16, rng, symmetric=symmetric, bits=2)
+    layer = random_layer(rng.random((37, 13)) < 0.5, 8, rng, symmetric=symmetric, bits=2)
     check(spec_of(layer, activation_dtype="float16"), SMALL, [layer], 1, rng, (1,))
 
 
@@ -146,7 +163,11 @@ def test_what_it_runs() -> None:
     assert RULE.applies(spec, TARGET)
     assert RULE.applies(replace(spec, activation_dtype="int16"), cuda_target("sm_80"))
     assert not RULE.applies(replace(spec, activation_dtype="int8"), TARGET)
-    assert not RULE.applies(replace(spec, weight_dtype="int8"), TARGET)
+    for bits, rule in ((2, "int2"), (3, "int4"), (8, "int8")):
+        assert rule_of(replace(spec, weight_dtype=f"int{bits}")).name == f"cuda.bsr_{rule}"
+    assert {c.scale_bits for c in RULE.space(spec, TARGET)} == {16, 8}
+    eight = replace(spec, weight_dtype="int8")
+    assert {c.scale_bits for c in rule_of(eight).space(eight, TARGET)} == {16}
     assert not RULE.applies(spec, cuda_target("sm_70"))
     # A token of 100 kB does not fit the shared memory of a small GPU's block.
     wide = replace(spec, k=51200)

@@ -14,7 +14,6 @@ from gqsa_compiler.schedules.cuda import config as configs
 from gqsa_compiler.schedules.cuda.arch import ARCHES, arch_of
 from gqsa_compiler.schedules.cuda.config import CudaConfig, shared_bytes
 from gqsa_compiler.schedules.cuda.layout import (
-    ELEMENTS,
     StreamLayout,
     large_scales,
     pack_words,
@@ -28,13 +27,24 @@ from tests.schedules.linear_cases import random_keep, random_layer, spec_of
 
 CONFIG = CudaConfig(blocks=132)
 SIZES = (8, 16, 32, 64, 128, 256)
+LAYOUTS = [StreamLayout(size, bits) for size in SIZES for bits in (2, 4, 8) if size * bits > 16]
 
 
-@pytest.mark.parametrize(("scale_bits", "expected"), [(16, 96), (8, 88)])
-def test_bits_of_a_group_of_16(scale_bits: int, expected: int) -> None:
+@pytest.mark.parametrize(
+    ("bits", "symmetric", "scale_bits", "expected"),
+    [
+        (4, False, 16, 96),
+        (4, False, 8, 88),
+        (2, False, 16, 64),
+        (8, False, 16, 176),
+        (8, True, 16, 160),
+    ],
+)
+def test_bits_of_a_group_of_16(bits: int, symmetric: bool, scale_bits: int, expected: int) -> None:
     """And one for the marks, 64 for each row; the rows' last units add up to 4 % here."""
     rng = np.random.default_rng(0)
-    layer = random_layer(rng.random((512, 128)) < 0.5, 16, rng)
+    keep = rng.random((512, 128)) < 0.5
+    layer = random_layer(keep, 16, rng, bits=bits, symmetric=symmetric)
     config = replace(CONFIG, blocks=4, scale_bits=scale_bits)  # type: ignore[arg-type]
     packed = pack(spec_of(layer), config, [layer])
     unread = ("arrivals", "partials", "blocks", "slabs")
@@ -43,11 +53,10 @@ def test_bits_of_a_group_of_16(scale_bits: int, expected: int) -> None:
     assert expected * layer.nnz < bits < 1.04 * (expected + 1.5) * layer.nnz
 
 
-@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
 @pytest.mark.parametrize("density", [0.0, 0.1, 0.5, 1.0])
-def test_every_group_has_a_place_of_its_own(size: int, density: float) -> None:
-    rng = np.random.default_rng(size)
-    layout = StreamLayout(size)
+def test_every_group_has_a_place_of_its_own(layout: StreamLayout, density: float) -> None:
+    rng = np.random.default_rng(layout.group_size)
     keep = random_keep((23, 37), rng, density)
     starts = np.concatenate([[0], np.cumsum(keep.sum(1))])
     columns = np.nonzero(keep)[1]
@@ -61,19 +70,18 @@ def test_every_group_has_a_place_of_its_own(size: int, density: float) -> None:
     assert np.all(units >= 1)
 
 
-@pytest.mark.parametrize("size", SIZES)
-def test_lanes_that_read_together_find_different_banks(size: int) -> None:
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+def test_lanes_that_read_together_find_different_banks(layout: StreamLayout) -> None:
     """Of a full row no two of eight neighbouring lanes read the same 16 of 128 bytes."""
-    layout = StreamLayout(size)
-    columns = np.arange(4096 // size)
+    columns = np.arange(4096 // layout.group_size)
     unit, piece = place_groups(layout, np.array([0, len(columns)]), columns)
-    column = np.zeros((4096 // 32, layout.pieces), np.int64)
+    column = np.zeros((4096 // layout.unit, layout.pieces), np.int64)
     for part in range(layout.span):
         column[unit + part, piece] = columns * layout.span + part
     lanes = np.arange(len(column)) % 32
     for p in range(layout.pieces):
         for chunk in range(layout.chunks):
-            turn = (layout.rotation(lanes) + chunk) % layout.chunks
+            turn = layout.rotation(lanes) ^ chunk
             slot = (column[:, p] * layout.chunks + turn) % 8
             for start in range(0, len(slot) - 7):
                 assert len(set(slot[start : start + 8])) == 8
@@ -100,18 +108,41 @@ def test_pruned_rows_have_few_conflicts(density: float) -> None:
     assert np.mean(turns) < 1.5
 
 
-@pytest.mark.parametrize("size", SIZES)
-def test_words_hold_the_chunks_in_the_lanes_order(size: int) -> None:
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+def test_words_hold_the_chunks_in_the_lanes_order(layout: StreamLayout) -> None:
     rng = np.random.default_rng(2)
-    layout = StreamLayout(size)
-    codes = rng.integers(0, 16, (64, layout.piece), dtype=np.uint8)
+    mask = (1 << layout.code_bits) - 1
+    codes = rng.integers(0, mask + 1, (64, layout.piece), dtype=np.uint8)
     lanes = np.arange(64) % 32
     words = pack_words(layout, codes, lanes)
+    assert words.shape == (64, 4 // layout.pieces)
     for i in range(64):
         for chunk in range(layout.chunks):
-            at = (chunk + layout.rotation(lanes[i : i + 1])[0]) % layout.chunks * 8
-            for nibble, element in enumerate(ELEMENTS):
-                assert words[i, chunk] >> 4 * nibble & 15 == codes[i, at + element]
+            at = (chunk ^ layout.rotation(lanes[i : i + 1])[0]) * 8
+            for element in range(8):
+                word, bit = layout.place_of(chunk, element)
+                assert words[i, word] >> bit & mask == codes[i, at + element]
+
+
+@pytest.mark.parametrize("bits", [2, 4, 8])
+def test_one_mask_takes_a_pair_of_halves_or_four_bytes(bits: int) -> None:
+    layout = StreamLayout(16, bits)
+    for chunk in range(2):
+        for pair in range(4):
+            low, high = (layout.place_of(chunk, 2 * pair + i) for i in range(2))
+            assert (low[0], low[1] + 16) == high
+            assert low[1] % 8 + bits <= 10, "within a half's mantissa, shifted by 8 bits or not"
+        for elements in ((0, 4, 1, 5), (2, 6, 3, 7)):
+            places = [layout.place_of(chunk, element) for element in elements]
+            word, bit = places[0]
+            assert places == [(word, bit + 8 * i) for i in range(4)]
+
+
+def test_which_layout_a_layer_has() -> None:
+    spec = spec_of(random_layer(np.ones((2, 4), bool), 16, np.random.default_rng(0)))
+    for bits, size, expected in ((2, 16, 2), (2, 8, 4), (3, 16, 4), (4, 16, 4), (8, 16, 8)):
+        layout = StreamLayout.of(replace(spec, weight_dtype=f"int{bits}", group_size=size))
+        assert (layout.group_size, layout.code_bits) == (size, expected)
 
 
 @settings(max_examples=60, deadline=None)

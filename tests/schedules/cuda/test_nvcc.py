@@ -13,7 +13,7 @@ from gqsa_compiler.schedules.cuda.config import CudaConfig
 from gqsa_compiler.schedules.cuda.lowering import device_source, lower
 from gqsa_compiler.schedules.cuda.nvcc import KernelUse, compile_cubin, find_nvcc, parse_uses
 from gqsa_compiler.schedules.spec import Epilogue, LinearSpec
-from tests.schedules.cuda.cases import RULE, cuda_target
+from tests.schedules.cuda.cases import RULE, cuda_target, rule_of
 
 SPEC = LinearSpec(
     4096,
@@ -53,7 +53,7 @@ needs_nvcc = pytest.mark.skipif(not has_nvcc(), reason="nvcc is not installed")
 
 def build(spec: LinearSpec, config: CudaConfig, arch: str) -> tuple[KernelUse, ...]:
     """Compile a layer's kernels for a GPU."""
-    function = RULE.build(spec, config, cuda_target(arch))
+    function = rule_of(spec).build(spec, config, cuda_target(arch))
     cubin, uses = compile_cubin(device_source(lower(function, ARCHES[arch])), ARCHES[arch])
     assert cubin.startswith(b"\x7fELF")
     return uses
@@ -80,8 +80,13 @@ def test_the_default_configuration_builds_without_spills() -> None:
     check_uses(uses, config)
 
 
-def _spec(dtype: str, group_size: int = 16) -> LinearSpec:
-    fields = {"activation_dtype": dtype, "group_size": group_size}
+def _spec(dtype: str, group_size: int = 16, bits: int = 4) -> LinearSpec:
+    fields = {
+        "activation_dtype": dtype,
+        "group_size": group_size,
+        "weight_dtype": f"int{bits}",
+        "nnz": 4096 * 2048 // group_size,
+    }
     return LinearSpec(**{**SPEC.__dict__, **fields})
 
 
@@ -113,10 +118,16 @@ def test_every_configuration_builds_without_spills(
 @pytest.mark.slow
 @pytest.mark.parametrize("arch", ["sm_80", "sm_90"])
 @pytest.mark.parametrize("dtype", ["float16", "int16"])
-@pytest.mark.parametrize("group_size", [8, 32, 64, 128, 256])
-def test_other_group_sizes_build_without_spills(arch: str, dtype: str, group_size: int) -> None:
-    spec = _spec(dtype, group_size)
-    config = RULE.space(spec, cuda_target(arch))[0]
+@pytest.mark.parametrize(
+    ("group_size", "bits"),
+    [(size, 4) for size in (8, 32, 64, 128, 256)]
+    + [(size, bits) for bits in (2, 8) for size in (16, 64, 256)],
+)
+def test_other_groups_and_codes_build_without_spills(
+    arch: str, dtype: str, group_size: int, bits: int
+) -> None:
+    spec = _spec(dtype, group_size, bits)
+    config = rule_of(spec).space(spec, cuda_target(arch))[0]
     check_uses(build(spec, config, arch), config)
 
 

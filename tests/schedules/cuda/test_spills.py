@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
 from gqsa_compiler.schedules.cuda import attention_decode, attention_prefill, kv_cache
 from gqsa_compiler.schedules.cuda.arch import ARCHES
-from gqsa_compiler.schedules.cuda.bsr_int8 import CudaBsrInt8
+from gqsa_compiler.schedules.cuda.bsr import CudaBsrInt2, CudaBsrInt8
 from gqsa_compiler.schedules.cuda.dense import CudaDense
 from gqsa_compiler.schedules.cuda.lowering import device_source, lower
 from gqsa_compiler.schedules.cuda.norm import norm
 from gqsa_compiler.schedules.cuda.nvcc import compile_cubin, compile_fatbin
 from gqsa_compiler.schedules.cuda.rope import rope_qkv
+from gqsa_compiler.schedules.cuda.sampling import choose_tokens
 from gqsa_compiler.schedules.generic.attention_common import AttentionShape
 from gqsa_compiler.schedules.generic.rope import RopeShape
 from gqsa_compiler.schedules.spec import Epilogue, LinearSpec
@@ -27,7 +29,10 @@ HEAD = LinearSpec(
     4096, 4096, "bsr", "int8", 64, 4096 * 64, True, activation_dtype="int16", norm_eps=1e-5
 )
 GATED = Epilogue(bias=True, activation="silu", gated=True, residual=True)
+SPARSE_2 = LinearSpec(4096, 4096, "bsr", "int2", 64, 4096 * 64, activation_dtype="float16")
+SPARSE_8 = LinearSpec(4096, 4096, "bsr", "int8", 16, 4096 * 128, activation_dtype="float16")
 DENSE = LinearSpec(4096, 4096, "dense", "bfloat16", norm_eps=1e-5, epilogue=GATED)
+DENSE_HALF = replace(DENSE, weight_dtype="float16")
 
 
 def _linear(rule: Any, spec: LinearSpec, arch: str) -> Any:
@@ -43,9 +48,13 @@ KERNELS: dict[str, Callable[[str], Any]] = {
     "pages_256": lambda _: attention_prefill.attention_prefill(GEMMA, paged=True),
     "merge": lambda _: kv_cache.merge_states(LLAMA),
     "norm": lambda _: norm(4096, 1e-5, center=True),
+    "choice": lambda _: choose_tokens(128256),
     "rope": lambda _: rope_qkv(RopeShape(32, 8, 128, 128, qk_norm=True)),
     "head": lambda arch: _linear(CudaBsrInt8(), HEAD, arch),
+    "two_bits": lambda arch: _linear(CudaBsrInt2(), SPARSE_2, arch),
+    "eight_bits": lambda arch: _linear(CudaBsrInt8(), SPARSE_8, arch),
     "dense": lambda arch: _linear(CudaDense(), DENSE, arch),
+    "dense_half": lambda arch: _linear(CudaDense(), DENSE_HALF, arch),
 }
 
 

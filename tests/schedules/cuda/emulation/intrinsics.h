@@ -87,11 +87,13 @@ inline float rsqrtf(float x) { return float(1.0 / std::sqrt(double(x))); }
 inline float __expf(float x) { return std::exp(x); }
 inline float __fdividef(float x, float y) { return x / y; }
 
-// Two int16 of `a` times the low (high) two signed bytes of `b`, added to `c` in 32 bits.
-inline int emulated_dp2a(int a, int b, int c, int shift) {
-  const int low = int16_t(a), high = a >> 16;
-  return c + low * int(int8_t(b >> shift)) + high * int(int8_t(b >> (shift + 8)));
+// Byte i of the result is the one of `low` (0 to 3) or `high` (4 to 7) that nibble i names.
+inline unsigned __byte_perm(unsigned low, unsigned high, unsigned bytes) {
+  const uint64_t both = low | uint64_t(high) << 32;
+  unsigned result = 0;
+  for (int i = 0; i < 4; ++i) {
+    result |= unsigned(both >> (8 * (bytes >> (4 * i) & 7)) & 0xff) << (8 * i);
+  }
+  return result;
 }
-inline int __dp2a_lo(int a, int b, int c) { return emulated_dp2a(a, b, c, 0); }
-inline int __dp2a_hi(int a, int b, int c) { return emulated_dp2a(a, b, c, 16); }
 inline int __float2int_rn(float x) { return int(std::nearbyint(x)); }

@@ -134,8 +134,8 @@ def _call_instruction(found: re.Match[str]) -> str:
     """Turn a PTX instruction into a call of the function that `ptx.h` has for it."""
     name, template, outputs, inputs = found.groups()
     operands = re.findall(r'"[^"]*"\s*\(((?:[^()]|\([^()]*\))*)\)', outputs + "," + inputs)
+    template = re.sub(r"[{}\[\]]", "", template)
     arguments = re.sub(r"%(\d+)", lambda number: operands[int(number[1])], template)
-    arguments = arguments.replace("{", "").replace("}", "")
     return f"ptx_{re.sub('[.:]+', '_', name)}({arguments});"
 
 

@@ -1,0 +1,1 @@
+"""LoRA adapters, as PEFT saves them, for the low-rank paths of a compiled model."""
