@@ -13,7 +13,7 @@ from gqsa_compiler.checkpoint import (
     QuantizationConfig,
     from_dense,
 )
-from gqsa_compiler.frontends.source import resolve
+from gqsa_compiler.frontends.resolve import resolve
 
 
 def make_checkpoint(

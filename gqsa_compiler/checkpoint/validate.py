@@ -2,26 +2,24 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from gqsa_compiler.checkpoint.bits import packed_size
+from gqsa_compiler.checkpoint.compressed_layers import CompressedLayers
 from gqsa_compiler.checkpoint.config import QuantizationConfig
 from gqsa_compiler.checkpoint.layer import BSRLayer
 from gqsa_compiler.errors import CheckpointError
 from gqsa_compiler.limits import BITS, GROUP_SIZES
 from gqsa_compiler.progress import Progress
 
-if TYPE_CHECKING:
-    from gqsa_compiler.checkpoint.reader import CheckpointReader
-
 MAX_COLUMN_GROUPS = 1 << 16
 MAX_INDEX = (1 << 31) - 1
 
 
-def validate(reader: CheckpointReader, progress: Progress | None = None) -> None:
+def validate(reader: CompressedLayers, progress: Progress | None = None) -> None:
     """Check every layer of an open checkpoint (what opening checked already included).
 
     Reads each layer's `indptr`, `indices`, `scales` and the last byte of `qzeros`, one layer at

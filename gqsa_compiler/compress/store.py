@@ -20,7 +20,8 @@ from gqsa_compiler.checkpoint import (
     from_codes,
 )
 from gqsa_compiler.compress.blocks import HEAD
-from gqsa_compiler.compress.recipes.recipe import LayerTarget, Recipe
+from gqsa_compiler.compress.recipes.recipe import Recipe
+from gqsa_compiler.compress.recipes.target import LayerTarget
 from gqsa_compiler.compress.result import LayerReport
 from gqsa_compiler.compress.solver.grouped import GroupedWeight
 from gqsa_compiler.errors import ModelError

@@ -22,7 +22,7 @@ from gqsa_compiler.compress.result import LayerReport
 from gqsa_compiler.compress.solver.block_oneshot import BlockState, compress_block
 from gqsa_compiler.compress.solver.rtn import round_weight
 from gqsa_compiler.errors import ModelError, UsageError
-from gqsa_compiler.frontends.source import resolve
+from gqsa_compiler.frontends.resolve import resolve
 from gqsa_compiler.frontends.torch_model import load_checkpoint_dense, load_dense
 from tests.tiny_models import FAMILIES, make_tiny
 

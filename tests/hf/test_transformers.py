@@ -24,7 +24,7 @@ from transformers.quantizers.auto import (
 import gqsa_compiler.hf
 from gqsa_compiler.checkpoint import CheckpointReader, LayerScheme, to_dense, validate
 from gqsa_compiler.errors import CheckpointError, UsageError
-from gqsa_compiler.frontends.source import resolve
+from gqsa_compiler.frontends.resolve import resolve
 from gqsa_compiler.frontends.torch_model import load_checkpoint_dense
 from gqsa_compiler.hf import GQSAConfig, GQSALinear, GQSAQuantizer
 from gqsa_compiler.hf.linear import unpack_codes

@@ -13,7 +13,8 @@ from gqsa_compiler.compress.blocks import HEAD
 from gqsa_compiler.compress.phases.block import load_block
 from gqsa_compiler.compress.phases.head import load_head
 from gqsa_compiler.compress.phases.model import ModelPhase
-from gqsa_compiler.compress.recipes.recipe import LayerTarget, Recipe
+from gqsa_compiler.compress.recipes.recipe import Recipe
+from gqsa_compiler.compress.recipes.target import LayerTarget
 from gqsa_compiler.compress.report import REPORT_FILE
 from gqsa_compiler.compress.report.report_html import write_report
 from gqsa_compiler.compress.store import ModelStore, Written, model_config, quantization

@@ -18,7 +18,8 @@ from gqsa_compiler.compress.blocks import (
     watch_inputs,
 )
 from gqsa_compiler.compress.gemm import linear
-from gqsa_compiler.compress.recipes.recipe import LayerTarget, Recipe
+from gqsa_compiler.compress.recipes.recipe import Recipe
+from gqsa_compiler.compress.recipes.target import LayerTarget
 from gqsa_compiler.compress.solver.grouped import GroupedWeight
 from gqsa_compiler.compress.solver.hessian import MomentAccumulator
 from gqsa_compiler.compress.solver.oneshot import compress_rows
