@@ -10,7 +10,7 @@ from pathlib import Path
 
 from gqsa_compiler.checkpoint import CheckpointWriter
 from gqsa_compiler.compress.blocks import HEAD
-from gqsa_compiler.compress.phases.block import load_block
+from gqsa_compiler.compress.phases.block import load_block, load_input_rms
 from gqsa_compiler.compress.phases.head import load_head
 from gqsa_compiler.compress.phases.model import ModelPhase
 from gqsa_compiler.compress.recipes.recipe import Recipe
@@ -99,7 +99,8 @@ class WritePhase:
             for index, paths in enumerate(self.paths):
                 progress(STAGE, index, len(self.paths))
                 name = f"{self.prefix}.{index}"
-                store.add_layers(name, load_block(work, stage, index, paths))
+                sizes = load_input_rms(work, index, paths)
+                store.add_layers(name, load_block(work, stage, index, paths), sizes)
                 skip |= {f"{name}.{path}.weight" for path in paths}
             if heads:
                 store.add_head(load_head(work, stage), tied=self.tied)
