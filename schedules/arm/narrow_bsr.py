@@ -26,9 +26,9 @@ from gqsa_compiler.schedules.generic.epilogue import Outputs
 from gqsa_compiler.schedules.generic.function import Arguments, kernel
 from gqsa_compiler.schedules.generic.layout import units_of
 from gqsa_compiler.schedules.generic.sharing import each_task
+from gqsa_compiler.schedules.records.layout import output_block
 from gqsa_compiler.schedules.rule import ScheduleRule
 from gqsa_compiler.schedules.spec import LinearSpec, ParamSpec
-from gqsa_compiler.schedules.x86.records import output_block
 from gqsa_compiler.targets import TargetSpec
 
 TILE = 4

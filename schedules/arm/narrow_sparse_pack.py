@@ -27,8 +27,8 @@ from gqsa_compiler.schedules.generic.layout import (
     stored_order,
     units_of,
 )
+from gqsa_compiler.schedules.records.layout import output_block
 from gqsa_compiler.schedules.spec import LinearSpec, ParamSpec
-from gqsa_compiler.schedules.x86.records import output_block
 
 ZERO = 8
 """What codes of 4 bits are stored less: as signed nibbles."""
