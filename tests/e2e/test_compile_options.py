@@ -18,7 +18,7 @@ from gqsa_compiler import runtime, toolchain
 from gqsa_compiler.errors import CompileError, UsageError
 from gqsa_compiler.report import CompileReport
 from gqsa_compiler.runtime.manifest import Manifest
-from gqsa_compiler.schedules.table import default_activations
+from gqsa_compiler.schedules.activations import default_activations
 from gqsa_compiler.targets import parse_target
 from tests.tiny_checkpoints import make_checkpoint
 from tests.tiny_models import make_tiny
