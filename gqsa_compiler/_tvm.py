@@ -20,7 +20,7 @@ if not str(tvm.__version__).startswith(f"{REQUIRED}."):
     )
 
 # ruff: noqa: E402
-from tvm import relax, rpc, s_tir, tirx
+from tvm import relax, rpc, s_tir, te, tirx
 from tvm.ir import GenericConst, StringImm
 from tvm.relax.analysis import post_order_visit
 from tvm.relax.expr_functor import PyExprMutator, mutator
@@ -36,6 +36,12 @@ from tvm.tirx.build import split_host_device_mods
 from tvm.tirx.compilation_pipeline import finalize_host_passes, register_tir_pipeline
 from tvm.tirx.script import builder as B
 from tvm_ffi import structural_equal, structural_hash
+
+
+def end_block(builder: relax.BlockBuilder) -> None:
+    """End the block that an exception has left open: TVM warns of a builder that goes with one."""
+    builder._end_block()
+
 
 # A pass runs behind TVM's C interface, which brings an exception back by its class's name.
 tvm_ffi.register_error("CompileError", CompileError)
@@ -53,6 +59,7 @@ __all__ = [
     "T",
     "Target",
     "copy_with_new_vars",
+    "end_block",
     "finalize_host_passes",
     "mutator",
     "nn",
@@ -64,6 +71,7 @@ __all__ = [
     "split_host_device_mods",
     "structural_equal",
     "structural_hash",
+    "te",
     "tirx",
     "tvm",
     "tvm_ffi",

@@ -19,7 +19,8 @@ from gqsa_compiler.bundle import add_bundle, check_tools
 from gqsa_compiler.compile_options import CompileOptions, activations_of, check_options
 from gqsa_compiler.errors import CompileError, UsageError
 from gqsa_compiler.frontends.hf import ImportedModel, import_model
-from gqsa_compiler.frontends.source import ModelSource, resolve
+from gqsa_compiler.frontends.resolve import resolve
+from gqsa_compiler.frontends.source import ModelSource
 from gqsa_compiler.head import BITS, group_size
 from gqsa_compiler.lora.adapters import Adapters, open_adapters
 from gqsa_compiler.model_weights import ModelWeights, kv_spec

@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from gqsa_compiler.errors import UsageError
-from gqsa_compiler.schedules.kv_cache import DTYPES, CacheDtype
-from gqsa_compiler.schedules.low_rank.spec import LowRankDtype
-from gqsa_compiler.schedules.table import (
+from gqsa_compiler.schedules.activations import (
     check_activations,
     check_shared_weights,
     default_activations,
 )
+from gqsa_compiler.schedules.kv_cache import DTYPES, CacheDtype
+from gqsa_compiler.schedules.low_rank.spec import LowRankDtype
 from gqsa_compiler.targets import TargetSpec
 
 if TYPE_CHECKING:

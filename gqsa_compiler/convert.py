@@ -17,7 +17,8 @@ from gqsa_compiler.frontends.fit import check_tensors
 from gqsa_compiler.frontends.gguf import GGUFSource
 from gqsa_compiler.frontends.quantised.gguf_layers import GGUFLayers
 from gqsa_compiler.frontends.quantised.source import QuantisedLayers
-from gqsa_compiler.frontends.source import ModelSource, resolve
+from gqsa_compiler.frontends.resolve import resolve
+from gqsa_compiler.frontends.source import ModelSource
 from gqsa_compiler.models.registry import parse_config
 from gqsa_compiler.outdir import check_output
 from gqsa_compiler.progress import Progress

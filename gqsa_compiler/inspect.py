@@ -4,11 +4,18 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from gqsa_compiler.errors import ArtefactError, ModelError, UsageError
 from gqsa_compiler.runtime.library import choose
-from gqsa_compiler.runtime.manifest import Manifest, is_artefact
+from gqsa_compiler.runtime.manifest import (
+    MANIFEST_FILE,
+    MODULE_FORMAT,
+    Manifest,
+    is_artefact,
+    read_document,
+)
+from gqsa_compiler.runtime.module_manifest import ModuleManifest
 
 
 def inspect_path(path: str | Path) -> dict[str, Any]:
@@ -41,7 +48,7 @@ def inspect_path(path: str | Path) -> dict[str, Any]:
     if not path.exists():
         raise UsageError(f"{path} does not exist.")
     if is_artefact(path):
-        return Manifest.read(path).to_dict()
+        return _manifest(path).to_dict()
     if path.is_dir():
         if is_checkpoint(path):
             found = inspect_checkpoint(path)
@@ -60,15 +67,24 @@ def inspect_path(path: str | Path) -> dict[str, Any]:
 def variant_here(path: str | Path) -> str | None:
     """Name the variant of an artefact that this machine runs; None if it can run none."""
     try:
-        return choose(Manifest.read(path)).target.name
+        # It reads the variants, which both kinds of manifest have.
+        return choose(cast(Any, _manifest(path))).target.name
     except ArtefactError:
         return None
+
+
+def _manifest(path: str | Path) -> Manifest | ModuleManifest:
+    """Read the manifest of a language model or of a module."""
+    data, where = read_document(path), str(Path(path) / MANIFEST_FILE)
+    if isinstance(data, dict) and data.get("format") == MODULE_FORMAT:
+        return ModuleManifest.from_dict(data, where)
+    return Manifest.from_dict(data, where)
 
 
 def _check_complete(path: Path) -> None:
     """Check that a checkpoint has the tensors that its configuration asks for, as compile does."""
     from gqsa_compiler.frontends.fit import check_tensors
-    from gqsa_compiler.frontends.source import resolve
+    from gqsa_compiler.frontends.resolve import resolve
     from gqsa_compiler.models.registry import parse_config
 
     source = resolve(str(path))

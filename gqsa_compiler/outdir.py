@@ -13,7 +13,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from gqsa_compiler.errors import GqsaError, UsageError
-from gqsa_compiler.runtime.manifest import FORMAT, MANIFEST_FILE
+from gqsa_compiler.runtime.manifest import FORMAT, MANIFEST_FILE, MODULE_FORMAT
 
 _CONFIG_FILE = "config.json"
 _MAX_MARK_BYTES = 100_000_000
@@ -218,7 +218,7 @@ def _is_output(directory: Path) -> bool:
     quantization = _read_mark(directory / _CONFIG_FILE).get("quantization_config")
     if isinstance(quantization, dict) and quantization.get("quant_method") == "gqsa":
         return True
-    return _read_mark(directory / MANIFEST_FILE).get("format") == FORMAT
+    return _read_mark(directory / MANIFEST_FILE).get("format") in (FORMAT, MODULE_FORMAT)
 
 
 def _read_mark(path: Path) -> dict[str, object]:

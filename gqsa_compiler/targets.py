@@ -125,13 +125,21 @@ class TargetSpec:
         """DLPack's number of the device that the code runs on."""
         return CUDA if self.kind == "cuda" else CPU
 
+    @property
+    def shared_bytes(self) -> int:
+        """Shared memory in bytes that a block on a GPU may ask for.
+
+        Where PTX goes along, no more than every later GPU has: some have less than earlier ones.
+        """
+        return min(SHARED_BYTES.values()) if self.features else SHARED_BYTES[self.arch]
+
     def tvm_dict(self) -> dict[str, Any]:
         """Return the dictionary that `tvm.target.Target` takes."""
         if self.kind == "cuda":
             return {
                 "kind": "cuda",
                 "arch": self.arch,
-                "max_shared_memory_per_block": SHARED_BYTES[self.arch],
+                "max_shared_memory_per_block": self.shared_bytes,
                 "max_threads_per_block": 1024,
                 "thread_warp_size": 32,
                 "registers_per_block": 65536,

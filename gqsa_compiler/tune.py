@@ -80,6 +80,7 @@ class TuneOptions:
 
 DEFAULT_MINUTES = 20.0
 _MOST_TOKENS = 1_000_000_000
+_MOST_TRIALS = 1_000_000_000
 _MOST_THREADS = 1024
 _CACHES = 2
 _MOST_BUILDERS = 4  # a GPU measures faster than nvcc compiles; each takes some 500 MB
@@ -96,6 +97,8 @@ def _one_target(options: TuneOptions) -> TargetSpec:
         raise UsageError(f"A workload has at most {_MOST_TOKENS} tokens of each kind.")
     if options.trials is not None and options.trials < 1:
         raise UsageError(f"trials is {options.trials} and must be at least 1.")
+    if options.trials is not None and options.trials > _MOST_TRIALS:
+        raise UsageError(f"trials is more than {_MOST_TRIALS}; leave it out for no limit.")
     if not 0 <= options.seed < 1 << 32:
         raise UsageError(f"seed is {options.seed} and must be from 0 to {(1 << 32) - 1}.")
     if options.threads is not None and not 1 <= options.threads <= _MOST_THREADS:
@@ -181,7 +184,7 @@ def tune_model(
             "GPU, or carry a bundle to it: gqsa tune export."
         )
     files = Database(database)
-    files.files()  # refuses a database that is a file, before any work
+    files.check()
     target, tasks = model_tasks(model, options, progress)
     minutes = options.minutes
     if minutes is None and options.trials is None:

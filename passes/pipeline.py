@@ -20,6 +20,7 @@ from gqsa_compiler.passes.memory import BoundTokens
 from gqsa_compiler.passes.plan import PackPlan
 from gqsa_compiler.passes.records import ParamRecord
 from gqsa_compiler.passes.rewrite_linear import RewriteLinear
+from gqsa_compiler.passes.running_sums import running_sum
 from gqsa_compiler.passes.schedule_reductions import ScheduleReductions
 from gqsa_compiler.passes.schedule_rest import CheckScheduled, ScheduleRest
 from gqsa_compiler.passes.select_kernels import SelectKernels
@@ -109,7 +110,8 @@ def phases(
         (
             "lower",
             [
-                transform.LegalizeOps(),  # what is left of Relax operators -> TIR
+                # what is left of Relax operators -> TIR
+                transform.LegalizeOps({"relax.cumsum": running_sum} if options.general else None),
                 transform.AnnotateTIROpPattern(),  # says which of them may fuse
                 transform.FoldConstant(),  # computes what does not depend on the inputs
                 transform.FuseOps(),  # chains of element-wise operators

@@ -46,7 +46,7 @@ class Adapters:
         UsageError
             There is none.
         """
-        if name is None or name in self._names:
+        if name is None or (isinstance(name, str) and name in self._names):
             return
         have = f"has {', '.join(self._names)}" if self._names else "was compiled without adapters"
         raise UsageError(f"There is no adapter {name!r}; the artefact {have}.")

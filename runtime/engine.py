@@ -6,6 +6,7 @@ for and pins nobody else's; and several threads of a program may use one session
 
 from __future__ import annotations
 
+import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
@@ -77,6 +78,7 @@ class Session:
         self._chosen: dict[int, str] = {}
         self._lengths: dict[int, int] = {}
         self._next = 0
+        self._opening = threading.Lock()
         self._closed = False
         self._left = deque[Callable[[], object]]()
         self._workers = Workers.share(allowed[: self.threads])
@@ -115,13 +117,14 @@ class Session:
         self.adapters.check(adapter)
         if self._left:
             self._on_thread(_nothing)
-        if len(self._lengths) >= self.max_batch:
-            raise UsageError(
-                f"The session holds {self.max_batch} sequences, all that max_batch allows; "
-                "finish one first or load the artefact with a larger max_batch."
-            )
-        sequence, self._next = self._next, self._next + 1
-        self._lengths[sequence] = 0
+        with self._opening:
+            if len(self._lengths) >= self.max_batch:
+                raise UsageError(
+                    f"The session holds {self.max_batch} sequences, all that max_batch allows; "
+                    "finish one first or load the artefact with a larger max_batch."
+                )
+            sequence, self._next = self._next, self._next + 1
+            self._lengths[sequence] = 0
         if adapter is not None:
             self._chosen[sequence] = adapter
         self._on_thread(self._machine.add, sequence)
@@ -222,8 +225,8 @@ class Session:
         Raises
         ------
         UsageError
-            A sequence is unknown, named twice or full, a token is no number of the vocabulary, or
-            there are more or fewer tokens than sequences.
+            A sequence is unknown, named twice or full, a token is no number of the vocabulary,
+            there are more or fewer tokens than sequences, or `draws` where nothing can choose.
 
         """
         ids = self.check_tokens(tokens)
@@ -233,6 +236,8 @@ class Session:
             )
         if len(set(sequences)) != len(sequences):
             raise UsageError("A sequence is named twice; decode takes one token for each.")
+        if draws is not None and not self.can_choose(sequences):
+            raise UsageError("Only a GPU chooses tokens, without adapters; leave draws out.")
         for sequence in sequences:
             self._require_room(self.length(sequence) + 1)
         if self._chosen:
@@ -351,7 +356,8 @@ class Session:
         """Free the cache and its share in the threads; a closed session cannot be used again."""
         if not self._closed:
             self._lengths.clear()
-            self._on_thread(self._machine.free)
+            if not self._workers.left_behind:
+                self._on_thread(self._machine.free)
             self._closed = True
             self._workers.release()
 
@@ -410,7 +416,7 @@ def _nothing() -> None:
 def _limit(name: str, asked: int | None, most: int) -> int:
     if asked is None:
         return most
-    if not 1 <= asked <= most:
+    if not isinstance(asked, int) or not 1 <= asked <= most:
         raise UsageError(
             f"{name} is {asked} and the artefact was compiled for 1 to {most}; "
             "choose one of those or compile the model again."

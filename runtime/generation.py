@@ -138,12 +138,9 @@ class Request:
                 "larger --context."
             )
         most = options.get("max_tokens", DEFAULT_MAX_TOKENS)
-        if most < 1:
-            raise UsageError(f"max_tokens is {most} and must be at least 1.")
-        stop = options.get("stop", ())
-        stops = (stop,) if isinstance(stop, str) else tuple(stop)
-        if "" in stops:
-            raise UsageError("A stop string is empty; leave it out or give it some text.")
+        if not isinstance(most, int | np.integer) or most < 1:
+            raise UsageError(f"max_tokens is {most} and must be a whole number, at least 1.")
+        stops = _stop_strings(options.get("stop", ()))
         self.prompt = list(prompt)
         self.token_ids: list[int] = []
         self.finish_reason: FinishReason | None = None
@@ -206,6 +203,15 @@ class Request:
             timings,
             self.cached_tokens,
         )
+
+
+def _stop_strings(stop: str | Sequence[str]) -> tuple[str, ...]:
+    stops = (stop,) if isinstance(stop, str) else stop
+    if not isinstance(stops, list | tuple) or not all(isinstance(one, str) for one in stops):
+        raise UsageError(f"stop is {stop!r} and must be a text or a list of texts.")
+    if "" in stops:
+        raise UsageError("A stop string is empty; leave it out or give it some text.")
+    return tuple(stops)
 
 
 def sampling_options(options: Options, defaults: Mapping[str, Any]) -> SamplingOptions:

@@ -20,6 +20,8 @@ LEAST_DRIVER = (13, 0)
 """The release of CUDA that TVM's runtime was built with: the driver must know it."""
 _BUILT_FOR = ((8, 0), (8, 6), (8, 9), (9, 0))
 """What machine code can be compiled for (`gqsa_compiler.targets.SHARED_BYTES`), ascending."""
+_SMALL = ((8, 6), (8, 9))
+"""GPUs whose blocks cannot have as much shared memory as kernels for 8.0 may ask for."""
 _LIBRARY = "libcuda.so.1"
 _MAJOR, _MINOR = 75, 76  # CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_*
 _CODE = re.compile(r"(sm|compute)_(\d+)(\d)")
@@ -115,8 +117,7 @@ def check_gpu(name: str, code: Sequence[str], driver: Driver, device: int = 0) -
     name : str
         The target's, for the message.
     code : sequence of str
-        What the artefact holds: ``sm_90`` (machine code, for its compute capability and later
-        minor ones) or ``compute_80`` (PTX, for it and all later ones).
+        What the artefact holds: ``sm_90`` (machine code) or ``compute_80`` (PTX), see `runs`.
     driver : Driver
     device : int
         The GPU's number.
@@ -136,7 +137,7 @@ def check_gpu(name: str, code: Sequence[str], driver: Driver, device: int = 0) -
             f"{LEAST_DRIVER[0]}.{LEAST_DRIVER[1]} is needed; install driver 580 or later."
         )
     capability = driver.capability(device)
-    if not any(_runs(item, capability) for item in code):
+    if not any(runs(item, capability) for item in code):
         major, minor = capability
         if capability in _BUILT_FOR:
             remedy = f"compile it again with --target cuda:sm_{major}{minor}"
@@ -150,14 +151,29 @@ def check_gpu(name: str, code: Sequence[str], driver: Driver, device: int = 0) -
         )
 
 
-def _runs(code: str, capability: tuple[int, int]) -> bool:
-    """Tell whether a GPU can run what a code says it is."""
+def runs(code: str, capability: tuple[int, int]) -> bool:
+    """Tell whether a GPU of a compute capability can run what a code says it is.
+
+    Machine code is for its own and later ones of the same major number, unless they have less
+    shared memory; PTX, whose kernels ask for no more than every GPU has, for all later ones.
+    """
     found = _CODE.fullmatch(code)
     if found is None:
         return False
     built = int(found[2]), int(found[3])
-    same_major = found[1] == "compute" or built[0] == capability[0]
-    return same_major and built <= capability
+    if found[1] == "compute":
+        return built <= capability
+    fits = built[0] == capability[0] and built <= capability
+    return fits and not (capability in _SMALL and built not in _SMALL)
 
 
-__all__ = ["CPU", "CUDA", "LEAST_DRIVER", "CudaDriver", "Driver", "check_gpu", "open_driver"]
+__all__ = [
+    "CPU",
+    "CUDA",
+    "LEAST_DRIVER",
+    "CudaDriver",
+    "Driver",
+    "check_gpu",
+    "open_driver",
+    "runs",
+]

@@ -12,6 +12,7 @@ import hashlib
 import importlib.util
 import re
 import sys
+import zlib
 from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -263,10 +264,24 @@ def load_executable(libraries: list[Path], library: Path, tvm_version: str) -> A
         if path.name == CUDA_LIBRARY:
             _load_cuda_runtime()
             _load(path)
+    spelt = _spelling(library)
     try:
-        return tvm_ffi.load_module(str(library))
+        return tvm_ffi.load_module(spelt)
     except Exception as error:
-        raise ArtefactError(f"{library} cannot be loaded: {error}.") from None
+        reason = str(error).replace(spelt, library.name)
+        raise ArtefactError(f"{library} cannot be loaded: {reason}.") from None
+
+
+def _spelling(library: Path) -> str:
+    """Spell a file's path in a way that no other file has had at the same place.
+
+    The system's loader knows libraries by their names: asked for an artefact that was compiled
+    again under its old name it would give the code from before, to run with the new weights.
+    """
+    found = library.stat()
+    mark = zlib.crc32(f"{found.st_dev} {found.st_ino} {found.st_mtime_ns}".encode())
+    steps = "".join("/." if mark >> bit & 1 else "//" for bit in range(32))
+    return f"{library.absolute().parent}{steps}/{library.name}"
 
 
 def _load(path: Path) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import stat
 import types
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
@@ -306,12 +307,14 @@ def read_document(directory: str | Path) -> Any:
     Raises
     ------
     ArtefactError
-        There is no such directory or manifest, or it is no JSON.
+        There is no such directory or manifest, it is no JSON, or something in the directory is no
+        file.
 
     """
     path = Path(directory) / MANIFEST_FILE
     if not path.parent.is_dir():
         raise ArtefactError(f"There is no artefact at {directory}: no such directory.")
+    _check_kinds(path.parent)
     try:
         size = path.stat().st_size
         if size > _MOST_BYTES:
@@ -326,6 +329,24 @@ def read_document(directory: str | Path) -> Any:
     except (OSError, ValueError, RecursionError) as error:
         raise ArtefactError(f"{path} cannot be read: {error}.") from None
     return data
+
+
+def _check_kinds(directory: Path) -> None:
+    """Refuse pipes and devices: to read one may never end."""
+    try:
+        found = sorted(directory.iterdir())
+    except OSError:
+        return  # whoever may not list it may still read the files
+    for path in found:
+        try:
+            mode = path.stat().st_mode
+        except OSError:
+            continue  # a link to nothing: whoever needs it tells
+        if stat.S_ISFIFO(mode) or stat.S_ISCHR(mode) or stat.S_ISBLK(mode):
+            raise ArtefactError(
+                f"{path} is a pipe or a device and no file of an artefact's; copy the artefact "
+                "again."
+            )
 
 
 def check_files(

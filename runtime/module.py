@@ -10,7 +10,7 @@ import numpy as np
 
 from gqsa_compiler.runtime import cpus, params
 from gqsa_compiler.runtime._ffi import tvm_ffi
-from gqsa_compiler.runtime.errors import ArtefactError, UsageError
+from gqsa_compiler.runtime.errors import ArtefactError, GqsaError, UsageError, last_line
 from gqsa_compiler.runtime.module_manifest import ModuleManifest, ModuleTensor
 from gqsa_compiler.runtime.program import Program
 from gqsa_compiler.runtime.workers import Workers
@@ -132,7 +132,19 @@ class Module:
         tensors = [_tensor(array) for array in self._arguments(arrays, named)]
         if self._closed:
             raise UsageError("The module is closed; load the artefact again.")
-        result = self._workers.call(self._function, *tensors, self._program.parameters)
+        try:
+            result = self._workers.call(self._function, *tensors, self._program.parameters)
+        except GqsaError:
+            raise
+        except Exception as error:  # TVM names its errors' classes at run time
+            pairs = zip(self.inputs, tensors, strict=True)
+            sizes = ", ".join(f"{given.name} {list(array.shape)}" for given, array in pairs)
+            reason = last_line(error)
+            if "match_cast" in str(error):
+                reason = "a shape inside it does not follow from them"
+            raise UsageError(
+                f"The module cannot run on inputs of these sizes ({sizes}): {reason}."
+            ) from None
         if len(self.outputs) == 1:
             return np.from_dlpack(result)
         return tuple(np.from_dlpack(part) for part in result)
@@ -157,6 +169,8 @@ class Module:
         array = np.asarray(value)
         if array.dtype != tensor.dtype and not np.can_cast(array.dtype, tensor.dtype, "same_kind"):
             raise UsageError(f"Input {tensor.name} must be {tensor.dtype}, not {array.dtype}.")
+        if array.dtype.kind in "iu" and array.size:
+            _check_range(tensor, array)
         if array.ndim != len(tensor.shape):
             raise UsageError(
                 f"Input {tensor.name} has {array.ndim} axes; it must have {len(tensor.shape)}: "
@@ -180,7 +194,8 @@ class Module:
         """Free the memory and the threads; a closed module cannot be called again."""
         if not self._closed:
             self._closed = True
-            self._workers.call(self._free)
+            if not self._workers.left_behind:
+                self._workers.call(self._free)
             self._workers.release()
 
     def _free(self) -> None:
@@ -196,6 +211,20 @@ class Module:
         trace: TracebackType | None,
     ) -> None:
         self.close()
+
+
+def _check_range(tensor: ModuleTensor, array: np.ndarray) -> None:
+    """Refuse integers that would become others in the dtype that the module takes."""
+    dtype = np.dtype(tensor.dtype)
+    if dtype.kind not in "iu" or np.can_cast(array.dtype, dtype):
+        return
+    limits = np.iinfo(dtype)
+    least, most = int(array.min()), int(array.max())
+    if least < limits.min or most > limits.max:
+        raise UsageError(
+            f"Input {tensor.name} has numbers from {least} to {most}, and {dtype} holds "
+            f"{limits.min} to {limits.max}."
+        )
 
 
 def _tensor(array: np.ndarray) -> Any:

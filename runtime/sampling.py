@@ -5,7 +5,9 @@ repetition penalty, temperature, top-k, top-p, min-p, then one draw.
 from __future__ import annotations
 
 import math
+import sys
 from dataclasses import dataclass
+from numbers import Integral
 
 import numpy as np
 
@@ -14,6 +16,7 @@ from gqsa_compiler.runtime.errors import ArtefactError, UsageError
 _SHARPEST = 1e30
 """1 / temperature at most: every other token is then as good as impossible. At least its inverse:
 all tokens are then equal, and 0 would be the likeliest one."""
+_MOST_PENALTY = 1e30  # and at least its inverse: float32 has both
 _BELOW_1 = 1 - 2.0**-24  # the largest float32 below 1
 
 
@@ -32,7 +35,7 @@ class SamplingOptions:
     min_p : float
         Drop tokens less likely than this share of the likeliest one, in [0, 1].
     repetition_penalty : float
-        Above 1 makes tokens of the prompt and of the answer less likely; positive.
+        Above 1 makes tokens of the prompt and of the answer less likely; from 1e-30 to 1e30.
     seed : int, optional
         For repeatable draws; each run differs without one.
 
@@ -53,12 +56,21 @@ class SamplingOptions:
     def __post_init__(self) -> None:
         """Check the ranges; comparisons are written so that NaN fails them."""
         checks = {
-            "temperature": (0 <= self.temperature < math.inf, "0 or more"),
-            "top_k": (self.top_k >= 0 and self.top_k == int(self.top_k), "a whole number, 0 up"),
+            "temperature": (0 <= self.temperature <= sys.float_info.max, "0 or more"),
+            "top_k": (
+                0 <= self.top_k < math.inf and self.top_k == int(self.top_k),
+                "a whole number, 0 up",
+            ),
             "top_p": (0 < self.top_p <= 1, "above 0 and at most 1"),
             "min_p": (0 <= self.min_p <= 1, "between 0 and 1"),
-            "repetition_penalty": (0 < self.repetition_penalty < math.inf, "above 0"),
-            "seed": (self.seed is None or self.seed >= 0, "0 or more"),
+            "repetition_penalty": (
+                1 / _MOST_PENALTY <= self.repetition_penalty <= _MOST_PENALTY,
+                "between 1e-30 and 1e30",
+            ),
+            "seed": (
+                self.seed is None or (self.seed >= 0 and isinstance(self.seed, Integral)),
+                "a whole number, 0 up",
+            ),
         }
         for name, (good, rule) in checks.items():
             if not good:
@@ -91,9 +103,10 @@ class Sampler:
         """Choose a token from float32 logits [V], which are left as they are."""
         o = self._options
         if o.repetition_penalty != 1:
-            seen = np.where(
-                logits > 0, logits / o.repetition_penalty, logits * o.repetition_penalty
-            )
+            with np.errstate(over="ignore"):  # an infinity is told of below
+                seen = np.where(
+                    logits > 0, logits / o.repetition_penalty, logits * o.repetition_penalty
+                )
             logits = np.where(self._seen, seen, logits)
         if o.temperature == 0:
             token = int(np.argmax(logits))
@@ -158,7 +171,8 @@ def distribution(logits: np.ndarray, options: SamplingOptions) -> tuple[np.ndarr
     top = kept.max()
     if not np.isfinite(top):
         raise _not_numbers()
-    weights = np.exp((kept - top) / options.temperature)
+    with np.errstate(over="ignore"):  # at a temperature of almost 0: a weight of 0
+        weights = np.exp((kept - top) / options.temperature)
     weights /= weights.sum()
     if options.top_p < 1:
         # Tokens below (1 - p) / n sum to less than 1 - p: the cut lies above them all, and the

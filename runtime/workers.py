@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 from weakref import WeakValueDictionary
 
 from gqsa_compiler.runtime._ffi import tvm_ffi
+from gqsa_compiler.runtime.errors import UsageError
 
 T = TypeVar("T")
 
@@ -31,6 +32,7 @@ class Workers:
     def __init__(self, cpus: Sequence[int]) -> None:
         self._executor = ThreadPoolExecutor(1, thread_name_prefix="gqsa-session")
         self._users = 0
+        self._process = os.getpid()
         try:
             configure = tvm_ffi.get_global_func("runtime.config_threadpool")
             self._thread = self._executor.submit(threading.get_ident).result()
@@ -64,8 +66,24 @@ class Workers:
         """Whether this is the thread."""
         return threading.get_ident() == self._thread
 
+    @property
+    def left_behind(self) -> bool:
+        """Whether this is a forked child, which has none of the threads."""
+        return os.getpid() != self._process
+
     def call(self, function: Callable[..., T], *args: Any) -> T:
-        """Call a function on the thread, from another one, and wait for it."""
+        """Call a function on the thread, from another one, and wait for it.
+
+        Raises
+        ------
+        UsageError
+            This process was forked off the one that has the thread: it would wait for ever.
+        """
+        if self.left_behind:
+            raise UsageError(
+                "The artefact was loaded before this process was forked; load it in this process, "
+                "or start processes by spawning them."
+            )
         return self._executor.submit(function, *args).result()
 
 

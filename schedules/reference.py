@@ -106,6 +106,7 @@ def linear(
     if spec.norm_eps is not None and norm is not None:
         factor = 1.0 / np.sqrt((value**2).mean(-1, keepdims=True) + spec.norm_eps)
         value = value * factor * norm.astype(np.float64)
+    # As the generic kernels round; Arm's own have other scales (`spec.ACTIVATION_BLOCK`).
     if spec.weight == "bsr" and spec.activation_dtype == "int8":
         value = quantise_activations(value)
     elif spec.weight == "bsr" and spec.activation_dtype == "int16":

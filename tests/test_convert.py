@@ -15,7 +15,7 @@ from gqsa_compiler.checkpoint import CheckpointReader, validate
 from gqsa_compiler.convert import convert_model
 from gqsa_compiler.errors import ModelError, UsageError
 from gqsa_compiler.frontends.quantised.codes import Misfit
-from gqsa_compiler.frontends.source import resolve
+from gqsa_compiler.frontends.resolve import resolve
 from tests.frontends.gguf_files import write_gguf
 from tests.frontends.quantised.packers import (
     Arrays,

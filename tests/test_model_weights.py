@@ -13,7 +13,7 @@ import pytest
 
 from gqsa_compiler.checkpoint import BSRLayer, to_dense
 from gqsa_compiler.frontends.hf import import_model
-from gqsa_compiler.frontends.source import resolve
+from gqsa_compiler.frontends.resolve import resolve
 from gqsa_compiler.model_weights import ModelWeights
 from tests.frontends.quantised.packers import (
     Arrays,

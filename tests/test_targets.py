@@ -241,6 +241,9 @@ def test_the_gpu_that_is_here(
     monkeypatch.setattr("gqsa_compiler.targets.open_driver", lambda: Gpu(*capability))
     target = parse_target("cuda")
     assert (target.arch, target.features) == (arch, features)
+    # A GPU of 12.0 gives a block less shared memory than one of 9.0.
+    assert target.shared_bytes == (99 if features else 227) * 1024
+    assert target.tvm_dict()["max_shared_memory_per_block"] == target.shared_bytes
 
 
 def test_without_a_gpu_code_for_all_later_ones(monkeypatch: pytest.MonkeyPatch) -> None:

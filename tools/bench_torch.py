@@ -17,7 +17,7 @@ from collections.abc import Callable
 import torch
 
 from gqsa_compiler import runtime
-from gqsa_compiler.frontends.source import resolve
+from gqsa_compiler.frontends.resolve import resolve
 from gqsa_compiler.frontends.torch_model import load_checkpoint_dense, load_dense
 
 

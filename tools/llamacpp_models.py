@@ -24,7 +24,7 @@ import numpy.typing as npt
 from model_shapes import SHAPES, shape_config
 
 from gqsa_compiler.errors import GqsaError, UsageError
-from gqsa_compiler.frontends.source import DEMO_MODEL, resolve
+from gqsa_compiler.frontends.resolve import DEMO_MODEL, resolve
 from gqsa_compiler.models.registry import architecture
 from gqsa_compiler.units import bytes_text
 

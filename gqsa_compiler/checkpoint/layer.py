@@ -41,6 +41,9 @@ class BSRLayer:
         `symmetric_zero`).
     bits : int
         Bits of a code: 2, 3, 4 or 8.
+    input_rms : float32 [K] or None
+        How large each input is beside the others, positive: proportional to its root mean square
+        on calibration text. None where nobody has measured it.
     """
 
     name: str
@@ -52,6 +55,7 @@ class BSRLayer:
     scales: npt.NDArray[np.float16]
     qzeros: npt.NDArray[np.uint8] | None
     bits: int = 4
+    input_rms: npt.NDArray[np.float32] | None = None
 
     @property
     def nnz(self) -> int:
@@ -72,7 +76,7 @@ class BSRLayer:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the stored tensors (without the 16 bytes of the shape)."""
+        """Bytes of the tensors that W is made of (without the 16 bytes of the shape)."""
         arrays = (self.indptr, self.indices, self.qweight, self.scales)
         return sum(a.nbytes for a in arrays) + (0 if self.qzeros is None else self.qzeros.nbytes)
 

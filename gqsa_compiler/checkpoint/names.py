@@ -9,8 +9,9 @@ CONFIG_FILE = "config.json"
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 
-LAYER_TENSORS = ("shape", "indptr", "indices", "qweight", "scales", "qzeros")
-"""The tensors of a compressed layer P are ``P.<one of these>``; `qzeros` may be absent."""
+OPTIONAL_TENSORS = ("qzeros", "input_rms")
+LAYER_TENSORS = ("shape", "indptr", "indices", "qweight", "scales", *OPTIONAL_TENSORS)
+"""The tensors of a compressed layer P are ``P.<one of these>``."""
 
 MARKER = "weight"
 """``P.weight`` of a compressed layer P is uint8 [0]: a program that does not know the format finds

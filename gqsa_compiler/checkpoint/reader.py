@@ -18,6 +18,7 @@ from gqsa_compiler.checkpoint.names import (
     INDEX_FILE,
     LAYER_TENSORS,
     MARKER,
+    OPTIONAL_TENSORS,
     SINGLE_FILE,
     is_plain_shard_name,
     is_tied_head,
@@ -141,6 +142,7 @@ class CheckpointReader:
             scales=arrays["scales"],
             qzeros=arrays.get("qzeros"),
             bits=bits,
+            input_rms=arrays.get("input_rms"),
         )
         source = str(self._files[f"{name}.qweight"].path)
         validate_layer(layer, self.quantization, source=source)
@@ -231,7 +233,7 @@ class CheckpointReader:
     def _check_layer_tensors(self, name: str, parts: set[str]) -> None:
         """Check what the headers tell of a layer: complete, of the right dtypes and ranks."""
         where = f"Layer {name!r} in {self._files[f'{name}.{min(parts)}'].path}"
-        missing = [p for p in LAYER_TENSORS if p not in parts and p != "qzeros"]
+        missing = [p for p in LAYER_TENSORS if p not in parts and p not in OPTIONAL_TENSORS]
         if missing:
             raise CheckpointError(f"{where} lacks the tensor {name}.{missing[0]}.")
         marker = f"{name}.{MARKER}"

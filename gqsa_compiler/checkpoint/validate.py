@@ -2,26 +2,24 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from gqsa_compiler.checkpoint.bits import packed_size
+from gqsa_compiler.checkpoint.compressed_layers import CompressedLayers
 from gqsa_compiler.checkpoint.config import QuantizationConfig
 from gqsa_compiler.checkpoint.layer import BSRLayer
 from gqsa_compiler.errors import CheckpointError
 from gqsa_compiler.limits import BITS, GROUP_SIZES
 from gqsa_compiler.progress import Progress
 
-if TYPE_CHECKING:
-    from gqsa_compiler.checkpoint.reader import CheckpointReader
-
 MAX_COLUMN_GROUPS = 1 << 16
 MAX_INDEX = (1 << 31) - 1
 
 
-def validate(reader: CheckpointReader, progress: Progress | None = None) -> None:
+def validate(reader: CompressedLayers, progress: Progress | None = None) -> None:
     """Check every layer of an open checkpoint (what opening checked already included).
 
     Reads each layer's `indptr`, `indices`, `scales` and the last byte of `qzeros`, one layer at
@@ -59,7 +57,8 @@ def validate_layer(
     ------
     CheckpointError
         A dtype or shape is wrong, `indptr` or `indices` are out of order or range, a scale is not
-        finite, a padding bit of `qzeros` is not 0, or the layer differs from `config`.
+        finite, a padding bit of `qzeros` is not 0, an `input_rms` is not positive, or the layer
+        differs from `config`.
     """
     fail = _Fail(layer.name, source)
     _check_sizes(layer, fail)
@@ -77,6 +76,11 @@ def validate_layer(
         used = nnz * bits % 8  # bits of the last byte, if it is not full
         if used and layer.qzeros[-1] >> used:
             raise fail("the padding bits at the end of qzeros are not 0")
+    if layer.input_rms is not None:
+        _check_array("input_rms", layer.input_rms, np.float32, (layer.shape[1],), fail)
+        good = np.isfinite(layer.input_rms) & (layer.input_rms > 0)
+        if not good.all():
+            raise fail(f"input_rms {int(np.argmin(good))} is not a positive finite number")
     _check_order(layer, fail)
     finite = np.isfinite(layer.scales)
     if not finite.all():

@@ -126,6 +126,8 @@ class CheckpointWriter:
         }
         if layer.qzeros is not None:
             tensors["qzeros"] = layer.qzeros
+        if layer.input_rms is not None:
+            tensors["input_rms"] = layer.input_rms
         tensors[MARKER] = np.zeros(0, np.uint8)
         self._add({f"{layer.name}.{part}": array for part, array in tensors.items()})
         self._layers[layer.name] = layer.shape[0]

@@ -169,7 +169,7 @@ def compress(
         number = parse_samples(samples) or "all"
     chosen = choose_recipe(recipe, stages=stages, budget=budget, balance=balance)
     check_output(output, overwrite, protect=(model,))
-    from gqsa_compiler.frontends.source import resolve
+    from gqsa_compiler.frontends.resolve import resolve
 
     source = resolve(model)  # a wrong name is found before PyTorch is loaded
     spec = choose_calibration(

@@ -41,12 +41,18 @@ def emit_json(data: Any) -> None:
     print(json.dumps(data, indent=2, ensure_ascii=False))
 
 
+def counted(count: int, name: str) -> str:
+    """Write a number of things: ``1 trial``, ``2 trials``."""
+    return f"{count} {name}" if count == 1 else f"{count} {name}s"
+
+
 def emit_table(table: Table) -> None:
     """Print a rich table on standard output, as wide as it needs where that is a file."""
     from rich.console import Console
 
-    console = Console() if sys.stdout.isatty() else Console(width=200)
-    console.print(table)
+    width = None if sys.stdout.isatty() else 200
+    # What is in a table comes from files: no markup, no names of pictures.
+    Console(width=width, markup=False, emoji=False).print(table)
 
 
 class PlainProgress:

@@ -63,11 +63,12 @@ def _show_checkpoint(found: dict[str, Any]) -> None:
 
 def _show_artefact(found: dict[str, Any], here: str | None) -> None:
     """Print a manifest; `here` is the variant that this machine runs."""
-    from rich.table import Table
-
-    model, targets = found["model"], [variant["target"] for variant in found["variants"]]
+    targets = [variant["target"] for variant in found["variants"]]
+    model = found.get("model")
+    kind = "module" if model is None else model["architecture"]
+    what = f"{(model or found)['name']} ({kind})"
     names = ", ".join(target["name"] for target in targets)
-    print(f"{model['name']} ({model['architecture']}) for {names}: {targets[0]['triple']}")
+    print(f"{what} for {names}: {targets[0]['triple']}")
     print(f"made by         {found['producer']}, TVM {found['versions']['tvm']}")
     for target in targets:
         own = "GPU code" if target["kind"] == "cuda" else "CPU features"
@@ -75,6 +76,31 @@ def _show_artefact(found: dict[str, Any], here: str | None) -> None:
         print(f"{title:<16}{' '.join(target['flags']) or 'none beyond the base'}")
     if len(targets) > 1:
         print(f"runs here       {here or 'none of them'}")
+    if model is None:
+        _show_module(found)
+    else:
+        _show_model(found)
+    _show_kernels(found["kernels"])
+
+
+def _show_module(found: dict[str, Any]) -> None:
+    """Print what only a module's manifest has."""
+    for title, tensors in (("takes", found["inputs"]), ("gives", found["outputs"])):
+        for tensor in tensors:
+            print(f"{title:<16}{tensor['name']} {tensor['dtype']} [{', '.join(tensor['shape'])}]")
+            title = ""
+    for size in found["sizes"]:
+        print(f"size            {size['name']} {size['smallest']} to {size['largest']}")
+    memory = found["memory"]
+    print(
+        f"memory          weights {bytes_text(memory['weights_bytes'])}, "
+        f"workspace {bytes_text(memory['workspace_bytes'])}\n"
+    )
+
+
+def _show_model(found: dict[str, Any]) -> None:
+    """Print what only a language model's manifest has."""
+    model = found["model"]
     print(
         f"limits          context {model['context_length']} tokens, "
         f"{model['max_batch']} sequences, prefill in chunks of {model['prefill_chunk']}"
@@ -92,10 +118,15 @@ def _show_artefact(found: dict[str, Any], here: str | None) -> None:
         named = ", ".join(f"{adapter['name']} (rank {adapter['rank']})" for adapter in adapters)
         print(f"adapters        {named}")
     print()
+
+
+def _show_kernels(kernels: list[dict[str, Any]]) -> None:
+    from rich.table import Table
+
     table = Table("layer", "kernel", "weight", box=None)
     for heading in ("N", "K", "sparsity", "bytes"):
         table.add_column(heading, justify="right")
-    for kernel in found["kernels"]:
+    for kernel in kernels:
         table.add_row(
             kernel["layer"],
             kernel["kernel"] + (" (fallback)" if kernel["fallback"] else ""),

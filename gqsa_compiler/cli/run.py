@@ -15,6 +15,8 @@ from gqsa_compiler.cli.generation import Shared, as_dict, figures, generates, lo
 from gqsa_compiler.cli.paths import read_text, require_artefact, require_utf8
 from gqsa_compiler.errors import UsageError
 
+_MOST_BYTES = 64 << 20  # of a prompt
+
 
 @command
 @generates
@@ -80,9 +82,15 @@ def _prompt(prompt: str | None, file: Path | None) -> str:
     if prompt is not None and file is not None:
         raise UsageError("Give the prompt with -p or with -f, not with both.")
     if file is not None:
-        return read_text(file, "-f")
+        return read_text(file, "-f", _MOST_BYTES)
     if prompt is not None and prompt != "-":
         return require_utf8(prompt, "The prompt")
     if prompt is None and sys.stdin.isatty():
         raise UsageError("There is no prompt; give one with -p TEXT, -f FILE or standard input.")
-    return require_utf8(sys.stdin.read(), "The prompt")
+    text = sys.stdin.read(_MOST_BYTES + 1)
+    if len(text) > _MOST_BYTES:
+        raise UsageError(
+            f"Standard input has more than {_MOST_BYTES >> 20} MiB, which fit no context; give a "
+            "shorter prompt."
+        )
+    return require_utf8(text, "The prompt")

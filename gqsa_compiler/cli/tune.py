@@ -10,7 +10,8 @@ import typer
 
 from gqsa_compiler.cli import options
 from gqsa_compiler.cli.command import command
-from gqsa_compiler.cli.console import emit_json, emit_table, note, show_settings
+from gqsa_compiler.cli.console import counted, emit_json, emit_table, note, show_settings
+from gqsa_compiler.cli.paths import require_place
 from gqsa_compiler.cli.signals import own_ctrl_c
 from gqsa_compiler.cli.tune_live import live
 from gqsa_compiler.units import seconds_text
@@ -87,6 +88,8 @@ def tune(
             "chip": chip,
         },
     )
+    if report is not None:
+        require_place(report, "--report")
     from gqsa_compiler.tune import TuneOptions, tune_model
     from gqsa_compiler.tuning.database import Database
     from gqsa_compiler.tuning.report import write_report
@@ -184,4 +187,4 @@ def print_result(result: Result) -> None:
             f"\nlinear layers of a token: {before * 1e3:.3f} ms by default, {after * 1e3:.3f} ms "
             f"tuned; those of the workload {result.gain():.2f} times faster"
         )
-    print(f"{result.trials} trials in {seconds_text(result.seconds)}")
+    print(f"{counted(result.trials, 'trial')} in {seconds_text(result.seconds)}")

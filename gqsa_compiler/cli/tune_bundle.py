@@ -10,7 +10,7 @@ import typer
 
 from gqsa_compiler.cli import options
 from gqsa_compiler.cli.command import command
-from gqsa_compiler.cli.console import emit_json, note, progress, show_settings
+from gqsa_compiler.cli.console import counted, emit_json, note, progress, show_settings
 
 
 @command
@@ -65,7 +65,8 @@ def export(
         return
     for name, count in found.candidates.items():
         failed = found.failed[name]
-        print(f"{name}: {count} kernels" + (f", {failed} could not be built" if failed else ""))
+        rest = f", {failed} could not be built" if failed else ""
+        print(f"{name}: {counted(count, 'kernel')}{rest}")
     note(
         f"Wrote {output}. Copy it to the machine, run {output.name}/run.sh there, copy it back: "
         f"gqsa tune import {output} --db DB"
@@ -98,5 +99,5 @@ def import_(
     if json:
         emit_json({"session": session, "records": count, "report": str(page)})
         return
-    print(f"{count} records added")
+    print(f"{counted(count, 'record')} added")
     note(f"Wrote {page}.")

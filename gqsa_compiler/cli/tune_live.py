@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-from gqsa_compiler.cli.console import PlainProgress, note
+from gqsa_compiler.cli.console import PlainProgress, counted, note
 from gqsa_compiler.units import seconds_text
 
 if TYPE_CHECKING:
@@ -74,7 +74,8 @@ def progress_text(session: Session) -> str:
     """Say in a line how far a session is."""
     left = session.left()
     rest = f", {seconds_text(left)} left" if left is not None else ""
-    return f"{session.trials} trials, {seconds_text(session.elapsed)}{rest}: {session.doing}"
+    trials = counted(session.trials, "trial")
+    return f"{trials}, {seconds_text(session.elapsed)}{rest}: {session.doing}"
 
 
 def table_of(session: Session) -> Table:
@@ -107,5 +108,5 @@ def live() -> Iterator[PlainView | LiveView]:
     from rich.live import Live
 
     view = LiveView()
-    with Live(view, console=Console(stderr=True), refresh_per_second=4):
+    with Live(view, console=Console(stderr=True, markup=False), refresh_per_second=4):
         yield view

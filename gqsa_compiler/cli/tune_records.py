@@ -10,7 +10,7 @@ import typer
 
 from gqsa_compiler.cli import options
 from gqsa_compiler.cli.command import command
-from gqsa_compiler.cli.console import emit_json, emit_table, note, show_settings
+from gqsa_compiler.cli.console import counted, emit_json, emit_table, note, show_settings
 
 if TYPE_CHECKING:
     from gqsa_compiler.tuning.records import Trial
@@ -48,9 +48,10 @@ def show(db: Directory, json: options.Json = False, verbose: options.Verbose = F
             "used" if line["current"] else "kept, of other versions",
         )
     emit_table(table)
-    print(f"\n{found['sessions']} sessions, {found['trials']} trials")
+    print(f"\n{counted(found['sessions'], 'session')}, {counted(found['trials'], 'trial')}")
     if found["unreadable"]:
-        note(f"{found['unreadable']} lines cannot be read; gqsa tune prune removes them.")
+        lines = counted(found["unreadable"], "line")
+        note(f"{lines} cannot be read; gqsa tune prune removes such lines.")
 
 
 @command
@@ -70,7 +71,7 @@ def best(
     trials = best_trials(open_database(db).read().trials)
     if output is not None:
         Database(output).append(*trials)
-        note(f"Wrote {len(trials)} records into {output}.")
+        note(f"Wrote {counted(len(trials), 'record')} into {output}.")
     if json:
         emit_json([_best(trial) for trial in trials])
         return
@@ -123,7 +124,7 @@ def merge(
         emit_json({"added": added})
         return
     for name, count in added.items():
-        print(f"{name}: {count} records added")
+        print(f"{name}: {counted(count, 'record')} added")
 
 
 @command
@@ -158,4 +159,4 @@ def prune(
     if json:
         emit_json({"removed_lines": removed, "records": dict(kinds)})
         return
-    print(f"{removed} lines removed, {len(drop)} of them records")
+    print(f"{counted(removed, 'line')} removed, {len(drop)} of them records")

@@ -45,7 +45,8 @@ from gqsa_compiler.compress.work.runevents import Calibration, Resume, Start
 from gqsa_compiler.compress.work.runlog import RunLog
 from gqsa_compiler.compress.work.workdir import WorkDirectory, work_path
 from gqsa_compiler.errors import ModelError
-from gqsa_compiler.frontends.source import ModelSource, resolve
+from gqsa_compiler.frontends.resolve import resolve
+from gqsa_compiler.frontends.source import ModelSource
 from gqsa_compiler.frontends.torch_model import build_model
 from gqsa_compiler.models.registry import parse_config
 from gqsa_compiler.outdir import check_output

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
@@ -20,7 +20,8 @@ from gqsa_compiler.checkpoint import (
     from_codes,
 )
 from gqsa_compiler.compress.blocks import HEAD
-from gqsa_compiler.compress.recipes.recipe import LayerTarget, Recipe
+from gqsa_compiler.compress.recipes.recipe import Recipe
+from gqsa_compiler.compress.recipes.target import LayerTarget
 from gqsa_compiler.compress.result import LayerReport
 from gqsa_compiler.compress.solver.grouped import GroupedWeight
 from gqsa_compiler.errors import ModelError
@@ -126,15 +127,18 @@ class ModelStore:
         self._other = 0
         self._dense = 0
 
-    def add_layers(self, block: str, weights: Mapping[str, GroupedWeight]) -> None:
-        """Write a block's compressed layers, by their path inside it."""
+    def add_layers(
+        self, block: str, weights: Mapping[str, GroupedWeight], input_rms: Mapping[str, Tensor]
+    ) -> None:
+        """Write a block's compressed layers, by their path inside it, and how large inputs are."""
         for path, weight in weights.items():
-            layer = to_layer(f"{block}.{path}", weight)
+            layer = replace(to_layer(f"{block}.{path}", weight), input_rms=input_rms[path].numpy())
             self._layers.append(self._add(layer))
             self._kinds["codes"] += layer.qweight.nbytes
             self._kinds["scales"] += layer.scales.nbytes
             self._kinds["zeros"] += 0 if layer.qzeros is None else layer.qzeros.nbytes
             self._kinds["indices"] += layer.indices.nbytes + layer.indptr.nbytes
+            self._other += input_rms[path].nbytes
             self._dense += 2 * layer.shape[0] * layer.shape[1]
 
     def add_head(self, weight: GroupedWeight, *, tied: bool) -> None:

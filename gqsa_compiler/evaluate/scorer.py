@@ -134,7 +134,7 @@ def locate(model: str) -> Path | ModelSource:
     """
     if is_artefact(model):
         return Path(model)
-    from gqsa_compiler.frontends.source import resolve
+    from gqsa_compiler.frontends.resolve import resolve
 
     return resolve(model)
 

@@ -13,7 +13,8 @@ from gqsa_compiler.export.model import CompressedModel
 from gqsa_compiler.export.packed import write_packed
 from gqsa_compiler.export.report import ExportReport
 from gqsa_compiler.frontends.fit import check_tensors
-from gqsa_compiler.frontends.source import ModelSource, resolve
+from gqsa_compiler.frontends.resolve import resolve
+from gqsa_compiler.frontends.source import ModelSource
 from gqsa_compiler.models.registry import parse_config
 from gqsa_compiler.outdir import check_output, staged_directory
 from gqsa_compiler.progress import Progress

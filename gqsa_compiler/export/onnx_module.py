@@ -154,7 +154,10 @@ class _Function:
                 inputs += [self.value(item) for item in tensors]
             elif _is_tensor(argument):
                 inputs.append(self.value(argument))
-        rule(self.graph, call, inputs, name)
+        try:
+            rule(self.graph, call, inputs, name)
+        except (TypeError, ValueError, ArithmeticError, AttributeError, LookupError) as error:
+            raise ModelError(f"The operator {kind} cannot be written as ONNX: {error}.") from error
 
     def _patches(self, call: Any, layer: BSRLayer, name: str) -> None:
         """A convolution without overlap: patches become rows, and channels the last axis."""

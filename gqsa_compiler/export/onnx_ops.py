@@ -25,7 +25,7 @@ BINARY: Mapping[str, str] = {
     "greater_equal": "GreaterOrEqual", "less": "Less", "less_equal": "LessOrEqual",
     "logical_and": "And", "logical_or": "Or", "logical_xor": "Xor", "matmul": "MatMul",
     "maximum": "Max", "minimum": "Min", "multiply": "Mul", "power": "Pow", "subtract": "Sub",
-    "floor_mod": "Mod", "mod": "Mod",
+    "floor_mod": "Mod",
 }  # fmt: skip
 _REDUCTIONS: Mapping[str, str] = {
     "max": "ReduceMax", "mean": "ReduceMean", "min": "ReduceMin", "prod": "ReduceProd",
@@ -215,7 +215,10 @@ def _clip(graph: GraphWriter, call: Call, inputs: list[str], to: str) -> None:
     """Between two numbers; infinities stand for no bound, and say so in ONNX too."""
     dtype = str(call.ty.dtype)
     ends = [float(getattr(argument, "value", argument)) for argument in call.args[1:3]]
-    bounds = [graph.constant(np.array(end, dtype)) for end in ends]
+    whole = "float" not in dtype  # integers have no infinities: the bound is left out
+    bounds = [
+        "" if whole and np.isinf(end) else graph.constant(np.array(end, dtype)) for end in ends
+    ]
     graph.add("Clip", inputs[0], *bounds, to=to)
 
 
@@ -270,6 +273,7 @@ RULES: Mapping[str, Rule] = {
     "nn.silu": _silu,
     "nn.softmax": _softmax,
     "not_equal": _not_equal,
+    "mod": _plain("Mod", fmod=1),
     "ones": _zeros(1),
     "ones_like": _zeros(1),
     "permute_dims": _permute,

@@ -127,8 +127,11 @@ def _names(func: Any, dynamic_shapes: Any) -> dict[str, str]:
 
 
 def _first(error: BaseException) -> str:
-    lines = [line for line in str(error).strip().splitlines() if line.strip()]
-    return f"{lines[-1] if lines else type(error).__name__}"
+    """Return the line of an error that says what is wrong: the last, but for torch.export's own."""
+    lines = [line.strip() for line in str(error).strip().splitlines() if line.strip()]
+    if lines and lines[-1].startswith("The error above occurred"):
+        lines = lines[:1]
+    return lines[-1][:300] if lines else type(error).__name__
 
 
 def _linear(node: Any, importer: Any) -> Any:

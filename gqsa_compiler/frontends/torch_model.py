@@ -165,7 +165,7 @@ def load_checkpoint_dense(source: ModelSource | CheckpointReader) -> Any:
         The source is not a GQSA checkpoint.
     """
     if not isinstance(source, ModelSource):
-        from gqsa_compiler.frontends.source import resolve
+        from gqsa_compiler.frontends.resolve import resolve
 
         source = resolve(str(source.path))
     if source.checkpoint is None:

@@ -30,6 +30,8 @@ class GQSALinear(nn.Module):
     dtype : torch.dtype, optional
         Of the bias.
     device : torch.device, optional
+    measured : bool
+        The checkpoint has `input_rms`, which is kept for who saves it again.
     """
 
     def __init__(
@@ -42,6 +44,7 @@ class GQSALinear(nn.Module):
         bias: bool = False,
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
+        measured: bool = False,
     ) -> None:
         super().__init__()
         self.in_features = in_features
@@ -59,6 +62,8 @@ class GQSALinear(nn.Module):
         }
         if not scheme.symmetric:
             buffers["qzeros"] = ((packed_size(kept, scheme.bits),), torch.uint8)
+        if measured:
+            buffers["input_rms"] = ((in_features,), torch.float32)
         for name, (size, kind) in buffers.items():
             self.register_buffer(name, torch.zeros(size, dtype=kind, device=device))
         if bias:

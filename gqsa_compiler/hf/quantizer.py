@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ from torch import nn
 from transformers.quantizers import HfQuantizer
 
 from gqsa_compiler.checkpoint import SafetensorsFile, validate_layer
-from gqsa_compiler.checkpoint.names import LAYER_TENSORS, MARKER, layer_of
+from gqsa_compiler.checkpoint.names import LAYER_TENSORS, MARKER, OPTIONAL_TENSORS, layer_of
 from gqsa_compiler.errors import CheckpointError, UsageError
 from gqsa_compiler.hf.config import GQSAConfig
 from gqsa_compiler.hf.linear import GQSALinear
@@ -33,21 +34,21 @@ class GQSAQuantizer(HfQuantizer):
     def _process_model_before_weight_loading(
         self, model: Any, checkpoint_files: Iterable[str] | None = None, **_kwargs: Any
     ) -> None:
-        kept = kept_groups(checkpoint_files or ())
-        if not kept:
+        stored = stored_layers(checkpoint_files or ())
+        if not stored:
             raise CheckpointError(
                 "The model's config.json says that it is a GQSA checkpoint, but its files hold no "
                 "compressed layer; copy or download it again."
             )
         said = self.quantization_config.quantization
-        missing = sorted(set(said.per_layer) - kept.keys())
+        missing = sorted(set(said.per_layer) - stored.keys())
         if missing:
             raise CheckpointError(
                 f"quantization_config names the layer {missing[0]!r}, which the model's files do "
                 "not hold compressed."
             )
         modules = dict(model.named_modules())
-        for name, count in kept.items():
+        for name, layer in stored.items():
             linear = modules.get(name)
             if not isinstance(linear, nn.Linear):
                 raise CheckpointError(
@@ -57,11 +58,12 @@ class GQSAQuantizer(HfQuantizer):
             replacement = GQSALinear(
                 linear.in_features,
                 linear.out_features,
-                count,
+                layer.kept,
                 said.scheme(name),
                 bias=linear.bias is not None,
                 dtype=linear.weight.dtype,
                 device=linear.weight.device,
+                measured=layer.measured,
             )
             model.set_submodule(name, replacement)
             # Checkpoints of earlier builds have no markers.
@@ -114,8 +116,16 @@ def compressed(model: nn.Module) -> list[tuple[str, GQSALinear]]:
     return [(name, m) for name, m in model.named_modules() if isinstance(m, GQSALinear)]
 
 
-def kept_groups(files: Iterable[str]) -> dict[str, int]:
-    """Count the groups that each compressed layer keeps, from the files' headers alone.
+@dataclass(frozen=True)
+class StoredLayer:
+    """What files' headers say of a compressed layer: its kept groups, and if it has `input_rms`."""
+
+    kept: int
+    measured: bool
+
+
+def stored_layers(files: Iterable[str]) -> dict[str, StoredLayer]:
+    """Find the compressed layers, from the files' headers alone.
 
     Raises
     ------
@@ -134,8 +144,8 @@ def kept_groups(files: Iterable[str]) -> dict[str, int]:
                 if owner[1] == "indices" and len(info.shape) == 1:
                     kept[owner[0]] = info.shape[0]
     for layer, found in parts.items():
-        lacking = sorted(set(LAYER_TENSORS) - {"qzeros"} - found)
+        lacking = sorted(set(LAYER_TENSORS) - set(OPTIONAL_TENSORS) - found)
         if lacking or layer not in kept:
             part = lacking[0] if lacking else "indices"
             raise CheckpointError(f"Layer {layer!r} has no usable tensor {layer}.{part}.")
-    return kept
+    return {name: StoredLayer(kept[name], "input_rms" in found) for name, found in parts.items()}

@@ -119,7 +119,8 @@ class Adapter:
                     raise ModelError(f"{name} in {self._path} holds values that are no numbers.")
                 found.append(array)
         a, b = found
-        return a, b * np.float32(self.layers[layer].scale)
+        with np.errstate(over="ignore"):  # what becomes infinite is refused when it is stored
+            return a, b * np.float32(self.layers[layer].scale)
 
     def _check(
         self, file: SafetensorsFile, linears: Mapping[str, tuple[int, int]]
@@ -136,8 +137,8 @@ class Adapter:
             layer, which = matrix["layer"], matrix["which"]
             if layer not in linears:
                 raise ModelError(
-                    f"{file.path} changes {layer}, and the model has no linear layer of that name"
-                    f"{_tied(layer)}; the adapter is for another model."
+                    f"{file.path} changes {layer[:80]!r}, and the model has no linear layer of "
+                    f"that name{_tied(layer)}; the adapter is for another model."
                 )
             n, k = linears[layer]
             rank = self.config.rank_of(layer)

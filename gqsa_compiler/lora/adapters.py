@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -155,9 +156,10 @@ class _Filled:
         with np.errstate(over="ignore"):
             stored = array.astype(np_dtype(site.dtype))
         if not np.isfinite(stored).all():
+            remedy = "; compile with --adapter-dtype float32" if site.dtype == "float16" else ""
             raise CompileError(
-                f"{self.adapter.directory} has values for {name} that {site.dtype} does not hold; "
-                "compile with --adapter-dtype float32."
+                f"{self.adapter.directory} has values for {name} that {site.dtype} does not hold"
+                f"{remedy}."
             )
         return stored
 
@@ -183,12 +185,24 @@ def _fill(site: LowRankSite, adapter: Adapter) -> tuple[Array, Array]:
     column = 0
     for layer, features in zip(site.layers, site.features, strict=True):
         if layer in adapter.layers:
-            down, up = adapter.matrices(layer)
+            down, up = _balanced(*adapter.matrices(layer))
             row = site.changed.index(layer) * site.rank
             a[row : row + len(down)] = down
             b[: up.shape[1], column : column + features] = up.T
         column += features
     return a, b
+
+
+def _balanced(a: Array, b: Array) -> tuple[Array, Array]:
+    """Move a power of two from one matrix to the other, which leaves their product what it is.
+
+    After little training B is so much smaller than A that halves would hold few of its digits.
+    """
+    largest = [float(abs(matrix).max()) for matrix in (a, b)]
+    if not all(0 < value < math.inf for value in largest):
+        return a, b
+    steps = round(math.log2(largest[0] / largest[1]) / 2)
+    return np.ldexp(a, -steps), np.ldexp(b, steps)
 
 
 def open_adapters(options: CompileOptions, records: Sequence[ParamRecord]) -> Adapters | None:

@@ -27,6 +27,7 @@ _NO_EFFECT = frozenset(
         "auto_mapping",
         "base_model_name_or_path",
         "ensure_weight_tying",
+        "eva_config",
         "exclude_modules",
         "inference_mode",
         "layers_pattern",
@@ -56,7 +57,7 @@ _UNSUPPORTED: Mapping[str, str] = MappingProxyType(
         "use_qalora": "is a QALoRA adapter (use_qalora)",
     }
 )
-_PLAIN_STARTS = (None, "gaussian", "eva")
+_PLAIN_STARTS = (None, "gaussian", "eva", "orthogonal")
 """Initialisations that, as the usual one, leave the model's own weights as they are."""
 
 

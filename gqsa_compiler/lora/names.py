@@ -25,6 +25,8 @@ def parse_adapters(texts: Sequence[str]) -> dict[str, Path]:
         name, equals, directory = text.partition("=")
         if not equals:
             name, directory = Path(text).resolve().name, text
+        if not directory:
+            raise UsageError(f"--adapter {text!r} names no directory; write NAME=DIR.")
         if name in found:
             raise UsageError(f"Two adapters are called {name!r}; name them apart: NAME=DIR.")
         found[name] = Path(directory)

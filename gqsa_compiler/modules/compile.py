@@ -13,7 +13,7 @@ from gqsa_compiler import artefact, report
 from gqsa_compiler._tvm import tvm, tvm_ffi
 from gqsa_compiler.bundle import add_bundle, check_tools
 from gqsa_compiler.checkpoint import BSRLayer
-from gqsa_compiler.errors import ModelError, UsageError
+from gqsa_compiler.errors import CompileError, GqsaError, ModelError, UsageError
 from gqsa_compiler.frontends.onnx.graph import ImportedGraph, import_onnx
 from gqsa_compiler.modules.files import GRAPH_FILE, is_module, read_config
 from gqsa_compiler.outdir import check_output, staged_directory
@@ -24,6 +24,7 @@ from gqsa_compiler.passes.records import ParamRecord
 from gqsa_compiler.progress import Progress, Stages
 from gqsa_compiler.report import CompileReport
 from gqsa_compiler.runtime import manifest as manifests
+from gqsa_compiler.runtime.errors import last_line
 from gqsa_compiler.runtime.module_manifest import (
     ModuleManifest,
     ModuleMemory,
@@ -31,7 +32,7 @@ from gqsa_compiler.runtime.module_manifest import (
     Size,
 )
 from gqsa_compiler.runtime.params import write_params
-from gqsa_compiler.schedules.table import check_activations, default_activations
+from gqsa_compiler.schedules.activations import check_activations, default_activations
 from gqsa_compiler.targets import TargetSpec, parse_targets
 
 if TYPE_CHECKING:
@@ -230,7 +231,14 @@ class _Compilation:
                 (dump / f"{number}-{phase}.py").write_text(mod.script(), encoding="utf-8")
             number += 1
 
-        mod, plan = run(graph.mod, records, options, observe)
+        try:
+            mod, plan = run(graph.mod, records, options, observe)
+        except (GqsaError, OSError):
+            raise
+        except Exception as error:  # what a stranger's graph makes of TVM's passes
+            raise CompileError(
+                f"TVM cannot compile the graph of {self.source}: {last_line(error)}."
+            ) from error
         return mod, plan, workspace
 
     def _manifest(

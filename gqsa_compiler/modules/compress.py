@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from textwrap import shorten
 from typing import Any
 
 import torch
@@ -96,7 +98,9 @@ def compress_module(
     chosen = module_recipe(recipe)
     check_output(output, overwrite)
     say = progress or (lambda _stage, _done, _total: None)
-    batches = [tuple(batch) for batch in calibration or [example_inputs]]
+    example_inputs = _floats(example_inputs, "The example inputs")
+    given = [example_inputs] if calibration is None else calibration
+    batches = [_floats(batch, "A batch of calibration inputs") for batch in given]
     if not batches:
         raise UsageError("There are no calibration inputs; give at least one batch.")
     work = _Compression(module, batches, chosen, ignore, say)
@@ -136,6 +140,16 @@ def compress_module(
         shared={name: first for name, first in work.shared.items() if first in in_graph},
         bits_per_weight=bits_per_weight(layers),
         seconds=time.monotonic() - began,
+    )
+
+
+def _floats(inputs: Any, what: str) -> tuple[Any, ...]:
+    """Return a call's inputs with its floats as float32, which the module computes in."""
+    if not isinstance(inputs, list | tuple):
+        raise UsageError(f"{what} should be a tuple of a call's inputs, not {type(inputs)}.")
+    return tuple(
+        item.float() if isinstance(item, Tensor) and item.is_floating_point() else item
+        for item in inputs
     )
 
 
@@ -192,15 +206,17 @@ class _Compression:
         """Compress all layers; returns them in the order that they run."""
         wanted = {name: self._layers[name] for name in self._shares}
         alone = {first for first, names in self._shares.items() if len(names) > 1}
-        groups = capture.input_groups(self.module, wanted, self._batches[0], alone)
+        with self._running():
+            groups = capture.input_groups(self.module, wanted, self._batches[0], alone)
         ran = {name for members in groups for name in members}
         for name in wanted.keys() - ran:
             for one in self._shares[name]:
                 self.dense[one] = "it did not run, or not as a module of its own"
         if not ran:
+            reasons = [f"{name}: {reason}" for name, reason in self.dense.items()]
+            why = shorten("; ".join(reasons), 300, placeholder=" ...") if reasons else "none at all"
             raise ModelError(
-                f"{type(self.original).__name__} has no linear layer that groups of "
-                f"{self._recipe.group_size} fit."
+                f"{type(self.original).__name__} has no linear layer that is compressed ({why})."
             )
         for done, members in enumerate(groups):
             self._progress("compressing layers", done, len(groups))
@@ -258,9 +274,21 @@ class _Compression:
         found: list[Tensor] = []
         arguments, keywords = batch
         names = self._shares[name]
-        with capture.watched(layers, names, lambda _name, tensor: found.append(tensor.float())):
+        see = capture.watched(layers, names, lambda _name, tensor: found.append(tensor.float()))
+        with self._running(), see:
             module(*arguments, **keywords)
         return found
+
+    @contextmanager
+    def _running(self) -> Iterator[None]:
+        """Say that it is the caller's module that fails."""
+        try:
+            yield
+        except (RuntimeError, TypeError, ValueError, LookupError, AttributeError) as error:
+            lines = str(error).strip().splitlines() or [type(error).__name__]
+            raise ModelError(
+                f"{type(self.original).__name__} cannot run on the inputs: {lines[0].rstrip('.')}."
+            ) from error
 
     def weight_names(self, parameters: Mapping[str, Tensor]) -> dict[str, BSRLayer]:
         """Return the compressed layers by their weight's name in the exported graph."""

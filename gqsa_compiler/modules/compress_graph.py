@@ -6,6 +6,7 @@ import time
 from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
+from textwrap import shorten
 from typing import Any
 
 import numpy as np
@@ -132,7 +133,13 @@ def compress_onnx(
         else:
             dense[linear.name] = reason
     if not wanted:
-        raise ModelError(f"{path} has no linear layer that groups of {chosen.group_size} fit.")
+        reasons = [f"{name}: {reason}" for name, reason in dense.items()]
+        why = (
+            shorten("; ".join(reasons), 300, placeholder=" ...")
+            if reasons
+            else ("no MatMul or Gemm without factors multiplies by a constant float32 matrix")
+        )
+        raise ModelError(f"{path} has no linear layer that is compressed ({why}).")
     layers: dict[str, BSRLayer] = {}
     walk = GraphWalk(graph, calls)
     for members in _groups(wanted):
@@ -153,8 +160,9 @@ def compress_onnx(
     sparse = list(layers.values())
     on_purpose = [name for name, reason in dense.items() if reason == ON_PURPOSE]
     quantization = quantization_of(sparse, chosen.sparsity, chosen.balance, sorted(on_purpose))
+    sizes = imported.bounds | {name: (size, size) for name, size in imported.fixed.items()}
     write_checkpoint(
-        output, written, sparse, quantization, imported.bounds, name=path.stem, overwrite=overwrite
+        output, written, sparse, quantization, sizes, name=path.stem, overwrite=overwrite
     )
     return ModuleReport(
         module=path.name,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import stat
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -15,7 +16,7 @@ from gqsa_compiler.tuning.bundle import FILE, FORMAT, RESULTS, SCRIPT, SESSION, 
 from gqsa_compiler.tuning.database import Database
 from gqsa_compiler.tuning.key import host_chip, slug
 from gqsa_compiler.tuning.measure.local import read_gpu, read_outcome
-from gqsa_compiler.tuning.measure.outcome import Comparison, Outcome, compare
+from gqsa_compiler.tuning.measure.outcome import Comparison, Outcome, checked, compare
 from gqsa_compiler.tuning.records import SessionStart, Trial, from_line, session_name, to_line
 from gqsa_compiler.tuning.trials import made
 
@@ -59,12 +60,12 @@ def import_bundle(directory: Path, database: Database, chip: str | None = None) 
             raise UsageError(f"{results / 'gpu'}: {error}") from None
         machine["gpu"], bandwidth = gpu["name"], gpu["copy"]
         chip = chip or gpu["name"]
-    elif chip is None and (results / "cpuinfo").is_file():
+    elif chip is None and _bytes(results / "cpuinfo"):
         chip = host_chip(results / "cpuinfo")
     if not chip:
         raise UsageError(f"{results} does not tell the processor; name it with --chip.")
     found = [
-        _measured(results, name, line, slug(chip), machine)
+        _measured(results, head["session"], name, line, slug(chip), machine)
         for name, line in head["candidates"].items()
     ]
     entries = _with_bests(found)
@@ -120,37 +121,42 @@ def _is_session(value: object) -> bool:
 
 
 def _measured(
-    results: Path, name: str, line: str, chip: str, machine: Mapping[str, str]
+    results: Path, session: str, name: str, line: str, chip: str, machine: Mapping[str, str]
 ) -> tuple[Trial, bool]:
     """Read a candidate and its result; whether it has one."""
-    if "/" in name or "\0" in name or name.startswith(".") or len(name) > 200:
+    if not re.fullmatch(r"\w[\w.-]{0,199}", name, re.ASCII):
         raise UsageError(f"{FILE} is damaged: {name[:200]!r} is no candidate.")
     code = results / f"{name}.code"
     try:
         planned = from_line(line.encode())
-        if not isinstance(planned, Trial):
-            raise ValueError("no trial")
+        if not isinstance(planned, Trial) or not planned.calls:
+            raise ValueError(f"{name} is no trial")
+        if planned.session != session:
+            raise ValueError(f"{name} is of another session")
         if not code.exists():
             return planned, False
         number = int(_first_line(code))
     except ValueError as error:
-        raise UsageError(f"{FILE} or {code} is damaged: {error}.") from None
+        raise UsageError(f"{FILE} or {code} is damaged: {str(error)[:300]}.") from None
     out, err = (_bytes(results / f"{name}.{end}") for end in ("out", "err"))
     # A shell gives 128 + n after signal n; timeout kills.
     outcome = read_outcome(128 - number if number > 128 else number, out, err)
     if number == 137:
         outcome = Outcome("hang", "It took too long, or was killed.")
+    outcome = checked(outcome, planned.calls)
     ratio, noise = None, 0.0
     if outcome.status == "ok":
-        if set(planned.calls) - set(outcome.samples):
-            outcome = Outcome("crash", "Samples are missing.")
-        else:
-            against = compare(outcome, planned.calls)
-            ratio, noise = against.ratio, against.noise
+        against = compare(outcome, planned.calls)
+        ratio, noise = against.ratio, against.noise
     key = replace(planned.target, chip=chip)
     when = code.stat().st_mtime
     trial = replace(planned, target=key)
-    return made(trial, outcome, ratio, noise, dict(machine), seconds=when), True
+    try:
+        done = made(trial, outcome, ratio, noise, dict(machine), seconds=when)
+        from_line(to_line(done))  # what cannot be read again is not written
+    except (ValueError, OverflowError) as error:
+        raise UsageError(f"{code} or what is beside it is damaged: {error}.") from None
+    return done, True
 
 
 def _with_bests(found: Sequence[tuple[Trial, bool]]) -> list[Trial]:

@@ -70,6 +70,23 @@ class Database:
             raise UsageError(f"The database {self.directory} is a file; name a directory.")
         return sorted(p for p in self.directory.iterdir() if p.suffix == SUFFIX and p.is_file())
 
+    def check(self) -> None:
+        """Refuse, before any work is done for it, a place where no record can be written.
+
+        Raises
+        ------
+        UsageError
+            It is no directory, or cannot be made or written to.
+        """
+        self.files()
+        found = next(p for p in (self.directory, *self.directory.absolute().parents) if p.exists())
+        if not found.is_dir():
+            raise UsageError(f"The database {self.directory} cannot be made: {found} is a file.")
+        if not os.access(found, os.W_OK | os.X_OK):
+            raise UsageError(
+                f"The database {self.directory} cannot be written: nothing can be put into {found}."
+            )
+
     def read(self) -> Contents:
         """Read all records, of a session that is under way too.
 

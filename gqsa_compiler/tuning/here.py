@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from gqsa_compiler.errors import ArtefactError, UsageError
 from gqsa_compiler.runtime.cpus import host_arch, host_flags
-from gqsa_compiler.runtime.gpus import open_driver
+from gqsa_compiler.runtime.gpus import open_driver, runs
 from gqsa_compiler.schedules.cuda.nvcc import find_nvcc
 from gqsa_compiler.targets import TargetSpec
 
@@ -39,9 +39,7 @@ def _check_gpu(target: TargetSpec) -> None:
         driver = open_driver()
     except ArtefactError as error:
         raise UsageError(f"This machine has no GPU to measure on; {carry}") from error
-    built, have = divmod(int(target.arch.removeprefix("sm_")), 10), driver.capability(0)
-    # Machine code runs on later ones of the same major number, PTX on all later ones.
-    if built > have or not (target.features or built[0] == have[0]):
+    if not any(runs(code, driver.capability(0)) for code in target.required_flags):
         raise UsageError(
             f"The GPU here, {driver.name(0)}, cannot run code for {target.name}; tune with "
             f"--target cuda, or {carry}"

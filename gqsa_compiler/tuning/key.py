@@ -123,7 +123,7 @@ def source_hash(rule: ScheduleRule[Any]) -> str:
     """Hash the sources that a rule's kernels are made of.
 
     These are the rule's module and all modules of the kernels that it imports, and the lowering.
-    Comments and blank lines do not count.
+    Comments, docstrings and blank lines do not count.
 
     Returns
     -------
@@ -145,10 +145,20 @@ def _module_hash(module: str) -> str:
         waiting += [other for other in _imported(found[name]) if other not in found]
     digest = hashlib.sha256()
     for name in sorted(found):
-        lines = [line.rstrip() for line in found[name].splitlines()]
-        code = [line for line in lines if line and not line.lstrip().startswith("#")]
-        digest.update("\n".join([name, *code, ""]).encode())
+        digest.update("\n".join([name, *_code(found[name]), ""]).encode())
     return digest.hexdigest()[:16]
+
+
+def _code(source: str) -> list[str]:
+    """Return the lines that do something."""
+    said: set[int] = set()
+    for node in ast.walk(ast.parse(source)):
+        if not isinstance(node, ast.Expr) or not isinstance(node.value, ast.Constant):
+            continue
+        if isinstance(node.value.value, str):
+            said |= set(range(node.lineno, (node.end_lineno or node.lineno) + 1))
+    lines = [line.rstrip() for n, line in enumerate(source.splitlines(), 1) if n not in said]
+    return [line for line in lines if line and not line.lstrip().startswith("#")]
 
 
 def _source(module: str) -> str:

@@ -12,7 +12,7 @@ from typing import Any, Protocol
 from gqsa_compiler.schedules.rule import KernelConfig
 from gqsa_compiler.tuning.measure.code import BuildError
 from gqsa_compiler.tuning.measure.local import Measurer
-from gqsa_compiler.tuning.measure.outcome import Comparison, Outcome, compare
+from gqsa_compiler.tuning.measure.outcome import Comparison, Outcome, checked, compare
 from gqsa_compiler.tuning.measure.workspace import Candidate, Workspace
 from gqsa_compiler.tuning.task_state import TaskState
 
@@ -99,17 +99,18 @@ def measure(
     state, candidate = attempt.state, attempt.candidate
     if candidate is None:
         return attempt.outcome, None
-    outcome = measurer.measure(state.work, candidate, incumbent)
+    calls = state.task.calls
+    outcome = checked(measurer.measure(state.work, candidate, incumbent), calls)
     if outcome.status != "ok":
         return outcome, None
-    found = compare(outcome, state.task.calls)
+    found = compare(outcome, calls)
     if not found.wins:
         return outcome, found
     # Of many that are equal some will look better: a new best has to be so twice.
-    again = measurer.measure(state.work, candidate, incumbent, 2 * rounds)
+    again = checked(measurer.measure(state.work, candidate, incumbent, 2 * rounds), calls)
     if again.status != "ok":
         return again, None
-    return again, compare(again, state.task.calls)
+    return again, compare(again, calls)
 
 
 class OneByOne:

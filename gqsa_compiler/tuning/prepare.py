@@ -12,7 +12,7 @@ from gqsa_compiler.tuning.key import TargetKey, source_hash
 from gqsa_compiler.tuning.lookup import Tuned, config_fields
 from gqsa_compiler.tuning.measure.case import make_case
 from gqsa_compiler.tuning.measure.local import Measurer
-from gqsa_compiler.tuning.measure.outcome import Outcome
+from gqsa_compiler.tuning.measure.outcome import Outcome, checked
 from gqsa_compiler.tuning.measure.workspace import Workspace
 from gqsa_compiler.tuning.records import SessionStart, Trial, config_key
 from gqsa_compiler.tuning.search import FULL, CostModel, Search
@@ -54,7 +54,7 @@ def begin_task(
     case = make_case(task, default, settings.seed)
     work = Workspace(folder, case, target, settings.threads, settings.limits)
     incumbent = work.build(default)
-    outcome = measurer.measure(work, incumbent, incumbent)
+    outcome = checked(measurer.measure(work, incumbent, incumbent), task.calls)
     if outcome.status != "ok":
         raise CompileError(f"The default kernel of {task.name} failed: {outcome.message}")
     fields = {key: config_fields(config) for key, config in space.items()}

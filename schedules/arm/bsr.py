@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -27,9 +27,9 @@ from gqsa_compiler.schedules.generic.function import Arguments, kernel
 from gqsa_compiler.schedules.generic.layout import units_of
 from gqsa_compiler.schedules.generic.tasks import ManyTokens, emit_tasks
 from gqsa_compiler.schedules.generic.tiles import TilePlan
-from gqsa_compiler.schedules.rule import ScheduleRule
+from gqsa_compiler.schedules.records.layout import Records
+from gqsa_compiler.schedules.records.rule import RecordsRule
 from gqsa_compiler.schedules.spec import LinearSpec, ParamSpec
-from gqsa_compiler.schedules.x86.records import Records, stored
 from gqsa_compiler.targets import TargetSpec
 
 TILES = (4, 8, 16)
@@ -46,35 +46,14 @@ def has_matrices(spec: LinearSpec, target: TargetSpec) -> bool:
     return bfloat16.FEATURE in target.features and spec.n >= ROWS
 
 
-class ArmBsr(ScheduleRule[GenericConfig]):
-    """Sparse weights, 16-bit activations; tasks have equal numbers of groups.
-
-    Attributes
-    ----------
-    bits : tuple of int
-        Codes that it runs.
-    """
+class ArmBsr(RecordsRule[GenericConfig]):
+    """Those for 64-bit Arm, with a constant a row beside the records."""
 
     layout_version = 1
-    bits: ClassVar[tuple[int, ...]]
-
-    def packed_by(self, config: GenericConfig) -> int:
-        """Return the number of tasks: the rest is the same for every target."""
-        return config.tasks
 
     def applies(self, spec: LinearSpec, target: TargetSpec) -> bool:
         """Say whether this kernel can run `spec` on `target`."""
-        return (
-            spec.weight == "bsr"
-            and spec.bits in self.bits
-            and spec.activation_dtype == "int16"
-            and target.arch == "aarch64"
-        )
-
-    def code_key(self, spec: LinearSpec) -> LinearSpec:
-        """Return what the code depends on: the bits only where the zero point follows from them."""
-        key = super().code_key(spec)
-        return key if spec.symmetric else replace(key, weight_dtype=f"int{self.bits[-1]}")
+        return self.reads(spec) and target.arch == "aarch64"
 
     def space(self, spec: LinearSpec, target: TargetSpec) -> Sequence[GenericConfig]:
         """List the configurations worth trying; the first is the default."""
@@ -101,11 +80,11 @@ class ArmBsr(ScheduleRule[GenericConfig]):
             return Weights(
                 spec,
                 Records.of(spec),
-                in_bytes,
-                args.params["constants"],
                 args.params["records"],
                 args.params.get("factors"),
                 args.params.get("row_starts"),
+                in_bytes,
+                args.params["constants"],
             )
 
         def body(args: Arguments, weights: Weights) -> None:
@@ -141,12 +120,6 @@ class ArmBsr(ScheduleRule[GenericConfig]):
                 body(args, weights)
 
         return kernel(spec, self.params(spec, config), whole)
-
-    def stored(
-        self, spec: LinearSpec, config: GenericConfig, part: BSRLayer
-    ) -> npt.NDArray[np.float64]:
-        """Decode a layer as its packed tensors have it, float64 [N, K]."""
-        return stored(spec, part)
 
 
 class ArmBsrInt2(ArmBsr):

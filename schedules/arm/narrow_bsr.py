@@ -26,9 +26,9 @@ from gqsa_compiler.schedules.generic.epilogue import Outputs
 from gqsa_compiler.schedules.generic.function import Arguments, kernel
 from gqsa_compiler.schedules.generic.layout import units_of
 from gqsa_compiler.schedules.generic.sharing import each_task
+from gqsa_compiler.schedules.records.layout import output_block
 from gqsa_compiler.schedules.rule import ScheduleRule
 from gqsa_compiler.schedules.spec import LinearSpec, ParamSpec
-from gqsa_compiler.schedules.x86.records import output_block
 from gqsa_compiler.targets import TargetSpec
 
 TILE = 4
@@ -82,7 +82,7 @@ class ArmNarrowInt4(ScheduleRule[GenericConfig]):
     """Sparse codes of 3 and 4 bits."""
 
     name: ClassVar[str] = "arm.narrow_int4"
-    layout_version = 1
+    layout_version = 2
 
     def packed_by(self, config: GenericConfig) -> int:
         """Return the number of tasks: the rest is the same for every target."""
@@ -124,8 +124,9 @@ class ArmNarrowInt4(ScheduleRule[GenericConfig]):
             )
 
             def of(capacity: Expr) -> Any:
+                inverse = args.params["inverse_inputs"]
                 inputs: SparseInputs = prepare_sparse(
-                    spec, args.x, args.norm, args.tokens, capacity
+                    spec, args.x, args.norm, inverse, args.tokens, capacity
                 )
 
                 def emit(

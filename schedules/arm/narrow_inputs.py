@@ -124,9 +124,20 @@ def _total(codes: Expr) -> Expr:
 
 
 def prepare_sparse(
-    spec: LinearSpec, x: Buffer, norm: Buffer | None, tokens: Expr, capacity: Expr
+    spec: LinearSpec,
+    x: Buffer,
+    norm: Buffer | None,
+    inverse_inputs: Buffer,
+    tokens: Expr,
+    capacity: Expr,
 ) -> SparseInputs:
-    """Emit the norm and the rounding of all tokens; those beyond the last are zeros."""
+    """Emit the norm and the rounding of all tokens; those beyond the last are zeros.
+
+    Parameters
+    ----------
+    inverse_inputs : Buffer
+        float32 [K/G]: what column groups are multiplied by before they are rounded.
+    """
     groups = spec.k // spec.group_size
     result = SparseInputs(
         Rounded.allocate(capacity, spec.k),
@@ -136,7 +147,13 @@ def prepare_sparse(
     )
     with B.parallel(int64(0), capacity) as token, B.If(token < tokens):
         with B.Then():
-            _write_sparse(spec, token_values(spec, x, norm, token, COLUMNS), token, result)
+            value = token_values(spec, x, norm, token, COLUMNS)
+
+            def scaled(at: Expr) -> Expr:
+                group = B.floordiv(at, int64(spec.group_size))
+                return value(at) * broadcast(load(inverse_inputs, group), COLUMNS)
+
+            _write_sparse(spec, scaled, token, result)
         with B.Else():
             _clear(result.values, token)
             _clear(result.sums, token)

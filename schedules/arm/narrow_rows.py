@@ -8,8 +8,8 @@ import numpy.typing as npt
 from gqsa_compiler._tvm import B
 from gqsa_compiler.schedules.generic.emit import Expr, int64
 from gqsa_compiler.schedules.generic.layout import units_of
+from gqsa_compiler.schedules.records.layout import output_block
 from gqsa_compiler.schedules.spec import LinearSpec
-from gqsa_compiler.schedules.x86.records import output_block
 
 
 def blocks(spec: LinearSpec) -> int:

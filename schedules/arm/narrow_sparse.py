@@ -29,8 +29,8 @@ from gqsa_compiler.schedules.generic.emit import (
     store,
 )
 from gqsa_compiler.schedules.generic.epilogue import Outputs
+from gqsa_compiler.schedules.records.layout import output_block
 from gqsa_compiler.schedules.spec import LinearSpec
-from gqsa_compiler.schedules.x86.records import output_block
 
 
 @dataclass(frozen=True)

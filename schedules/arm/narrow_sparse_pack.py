@@ -3,7 +3,8 @@
 A row's sum is that of c_p D_p: the integer scales of its groups times their dot products. With the
 running sums S_p = D_0 + ... + D_p it is also that of (c_p - c_(p+1)) S_p, so that no sum has to
 begin at zero. In descending order of the scales these differences are small and not negative: a
-byte each, whatever the scales are.
+byte each, whatever the scales are. They are those of activations that were divided by
+`input_factors`.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from gqsa_compiler.checkpoint import BSRLayer
+from gqsa_compiler.schedules.arm.input_factors import input_factors
 from gqsa_compiler.schedules.arm.narrow_rows import blocks, stored_rows
 from gqsa_compiler.schedules.generic.config import GenericConfig
 from gqsa_compiler.schedules.generic.layout import (
@@ -25,8 +27,8 @@ from gqsa_compiler.schedules.generic.layout import (
     stored_order,
     units_of,
 )
+from gqsa_compiler.schedules.records.layout import output_block
 from gqsa_compiler.schedules.spec import LinearSpec, ParamSpec
-from gqsa_compiler.schedules.x86.records import output_block
 
 ZERO = 8
 """What codes of 4 bits are stored less: as signed nibbles."""
@@ -116,6 +118,7 @@ def params(spec: LinearSpec, config: GenericConfig) -> tuple[ParamSpec, ...]:
         ParamSpec("factors", (spec.n,), "float32"),
         ParamSpec("zeros", (zeros,), "int8"),
         ParamSpec("zero_factors", (spec.n,), "float32"),
+        ParamSpec("inverse_inputs", (spec.k // spec.group_size,), "float32"),
         ParamSpec("task_units", (config.tasks + 1,), "int32"),
     )
 
@@ -160,6 +163,7 @@ def pack(spec: LinearSpec, config: GenericConfig, parts: Sequence[BSRLayer]) -> 
         "factors": (factors / CODE_WORTH).astype(np.float32),
         "zeros": zeros,
         "zero_factors": zero_factors,
+        "inverse_inputs": (1 / groups.inputs).astype(np.float32),
         "task_units": split_units(costs, config.tasks, block),
     }
 
@@ -167,7 +171,8 @@ def pack(spec: LinearSpec, config: GenericConfig, parts: Sequence[BSRLayer]) -> 
 def stored(spec: LinearSpec, part: BSRLayer) -> npt.NDArray[np.float64]:
     """Decode a layer as its packed tensors have it, float64 [N, K]."""
     weights, offsets = stored_parts(spec, part)
-    return weights - np.repeat(offsets, spec.group_size, axis=1)
+    factors = np.repeat(input_factors([part]), spec.group_size)
+    return (weights - np.repeat(offsets, spec.group_size, axis=1)) / factors
 
 
 def stored_parts(
@@ -178,7 +183,8 @@ def stored_parts(
     Returns
     -------
     (float64 [N, K], float64 [N, K/G])
-        The layer is the first less the second, repeated for each group's columns.
+        The first less the second, repeated for each group's columns, is the layer times
+        `input_factors`.
     """
     n, k = part.shape
     own = LinearSpec(n, k, "bsr", spec.weight_dtype, spec.group_size, part.nnz)
@@ -202,6 +208,9 @@ class _Groups:
     codes : uint8 [nnz, G]
     zeros : int64 [nnz]
     scales : float64 [nnz]
+        Times `inputs`.
+    inputs : float64 [K/G]
+        What activations are divided by.
     """
 
     rows: Array
@@ -209,23 +218,25 @@ class _Groups:
     codes: Array
     zeros: Array
     scales: Array
+    inputs: Array
 
     @classmethod
     def of(cls, spec: LinearSpec, parts: Sequence[BSRLayer]) -> _Groups:
         """Line up the groups of folded layers."""
         starts, source = stored_order(spec, parts)
         rows = np.repeat(np.arange(spec.n), np.diff(starts))
-        scales = np.concatenate([part.scales for part in parts])[source].astype(np.float64)
+        columns = np.concatenate([part.indices for part in parts])[source].astype(np.int64)
+        inputs = input_factors(parts)
+        scales = np.concatenate([part.scales for part in parts])[source] * inputs[columns]
         order = np.lexsort((-np.abs(scales), rows))
-        source, scales = source[order], scales[order]
+        source, scales, columns = source[order], scales[order], columns[order]
         codes = np.concatenate([part.codes() for part in parts])[source]
         zeros = np.concatenate([part.zeros() for part in parts])[source].astype(np.int64)
-        columns = np.concatenate([part.indices for part in parts])[source].astype(np.int64)
         # A negative scale turns its group round.
         negative, top = scales < 0, 2 * ZERO - 1
         codes = np.where(negative[:, None], np.uint8(top) - codes, codes)
         zeros = np.where(negative, top - zeros, zeros)
-        return cls(rows, columns, codes, zeros, np.abs(scales))
+        return cls(rows, columns, codes, zeros, np.abs(scales), inputs)
 
     def factors(self, spec: LinearSpec) -> npt.NDArray[np.float64]:
         """Return what the integer scales of each row are multiplied by, float64 [N].

@@ -1,4 +1,4 @@
-"""The packed layout of the Arm BSR kernels: the x86 kernels' records, and a constant a row."""
+"""The packed layout of the Arm BSR kernels: records, and a constant a row."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from gqsa_compiler.checkpoint import BSRLayer, symmetric_zero
 from gqsa_compiler.schedules.arm.dot import BIAS
 from gqsa_compiler.schedules.generic.config import GenericConfig
 from gqsa_compiler.schedules.generic.layout import Array
+from gqsa_compiler.schedules.records import layout as shared
+from gqsa_compiler.schedules.records.layout import Records
 from gqsa_compiler.schedules.spec import LinearSpec, ParamSpec
-from gqsa_compiler.schedules.x86 import records as shared
-from gqsa_compiler.schedules.x86.records import Records
 
 _ZERO = 128
 _AT_ONCE = 1 << 16

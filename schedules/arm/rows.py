@@ -31,7 +31,7 @@ from gqsa_compiler.schedules.generic.emit import (
 )
 from gqsa_compiler.schedules.generic.epilogue import Outputs
 from gqsa_compiler.schedules.generic.math import fma
-from gqsa_compiler.schedules.x86.records import output_block
+from gqsa_compiler.schedules.records.layout import output_block
 
 AHEAD = 1024
 """Bytes between a record that is multiplied and one that is asked for."""

@@ -23,9 +23,7 @@ from gqsa_compiler.schedules.generic.emit import (
     store,
     vector,
 )
-from gqsa_compiler.schedules.spec import LinearSpec
-from gqsa_compiler.schedules.x86.chunks import Chunks
-from gqsa_compiler.schedules.x86.records import Records
+from gqsa_compiler.schedules.records.weights import RecordWeights
 
 _ROWS, _FEW = 4, 2
 _WORD = 8
@@ -33,7 +31,7 @@ _WORD = 8
 
 
 @dataclass(frozen=True)
-class Weights:
+class Weights(RecordWeights):
     """A layer's packed tensors inside a kernel.
 
     Parameters
@@ -44,31 +42,13 @@ class Weights:
         float32 [N]: what bytes add to a row for each token, before the token's scale.
     """
 
-    spec: LinearSpec
-    records: Records
     as_bytes: bool
     constants: Buffer
-    bytes: Buffer
-    factors: Buffer | None
-    row_starts: Buffer | None
-
-    @property
-    def chunks(self) -> Chunks:
-        """How codes lie in a record."""
-        return self.records.chunks
 
     @property
     def count(self) -> int:
         """Vectors of 16 codes that are decoded together."""
         return self.chunks.vectors * self.chunks.lanes // COLUMNS
-
-    @property
-    def overhang(self) -> int:
-        """Columns that the units of a row reach beyond it, where all groups are kept."""
-        if not self.records.full:
-            return 0
-        width = self.chunks.groups * self.spec.group_size
-        return self.records.row_units(self.spec) * width - self.spec.k
 
     @property
     def rows_together(self) -> int:
@@ -77,23 +57,6 @@ class Weights:
         Records of many groups need the registers for themselves.
         """
         return _ROWS if self.records.full and self.chunks.groups <= _FEW else 1
-
-    def row(self, row: Expr) -> tuple[Expr, Expr]:
-        """Emit the first and the past-the-last unit of a stored row, int64."""
-        if self.row_starts is None:
-            units = self.records.row_units(self.spec)
-            first = B.bind(row * int64(units))
-            return first, B.bind(first + int64(units))
-        first = B.bind(int64(load(self.row_starts, row)))
-        return first, B.bind(int64(load(self.row_starts, row + int64(1))))
-
-    def factor(self, row: Expr) -> Expr:
-        """Emit what all of a row's scales are multiplied by, float32."""
-        return const(1.0, "float32") if self.factors is None else load(self.factors, row)
-
-    def start(self, unit: Expr) -> Expr:
-        """Emit where a unit's record begins, int64."""
-        return B.bind(unit * int64(self.records.size))
 
     def unit_codes(self, record: Expr) -> list[Expr]:
         """Emit a unit's codes less their zero points, in the groups' order.

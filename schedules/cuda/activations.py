@@ -144,11 +144,10 @@ class Prologue:
             for i in range(CHUNK):
                 x = B.bind(load(numbers, 2 * i))
                 weighted = B.bind(load(numbers, 2 * i + 1))
-                magnitude = B.max(weighted, const(0.0, "float32") - weighted)
-                store(found, B.max(load(found, 0), magnitude), 0)
+                store(found, self._larger(load(found, 0), self._magnitude(weighted)), 0)
                 if self.spec.norm_eps is not None:
                     store(found, load(found, 1) + x * x, 1)
-        warp_max(found, 0)
+        warp_max(found, 0, self._larger)
         square = register(load(found, 1), "float32")
         lane, warp = self._place()
         if self.spec.norm_eps is not None:
@@ -157,6 +156,23 @@ class Prologue:
             at = warp + const(2 * token * self.config.warps, "int32")
             store(partial, load(found, 0), at)
             store(partial, load(square, 0), at + const(self.config.warps, "int32"))
+
+    def _magnitude(self, value: Expr) -> Expr:
+        if self.spec.activation_dtype == "float16":
+            return B.max(value, const(0.0, "float32") - value)
+        bits = B.bitwise_and(B.reinterpret("int32", value), const(0x7FFFFFFF, "int32"))
+        return B.bind(B.reinterpret("float32", bits))
+
+    def _larger(self, left: Expr, right: Expr) -> Expr:
+        """Emit the larger of two magnitudes.
+
+        A maximum of float32 loses NaN. Halves have it all the same, but rounding to int16 loses it
+        too: there they are compared as integers, of which NaN is the largest.
+        """
+        if self.spec.activation_dtype == "float16":
+            return B.max(left, right)
+        larger = B.max(B.reinterpret("int32", left), B.reinterpret("int32", right))
+        return B.reinterpret("float32", larger)
 
     def _place(self) -> tuple[Expr, Expr]:
         warp = B.bind(B.floordiv(self.thread, const(WARP, "int32")))
@@ -175,7 +191,7 @@ class Prologue:
                     at = (token * const(2, "int32") + const(i, "int32")) * const(warps, "int32")
                     with B.If(lane < const(warps, "int32")), B.Then():
                         store(found, load(partial, at + lane), i)
-                warp_max(found, 0)
+                warp_max(found, 0, self._larger)
                 square = register(load(found, 1), "float32")
                 warp_sum(square, 1, lane)
                 multiplier, factor = self._scales(load(found, 0), load(square, 0))
@@ -192,11 +208,12 @@ class Prologue:
         peak = B.bind(peak * norm)
         if spec.activation_dtype == "int16":
             limit = const(32767.0, "float32")
-            usable = peak >= const(QUANT_TINY, "float32")
+            tiny = peak < const(QUANT_TINY, "float32")
             safe = B.max(peak, const(QUANT_TINY, "float32"))
             zero = const(0.0, "float32")
-            multiplier = B.bind(B.Select(usable, limit / safe, zero) * norm)
-            return multiplier, B.bind(B.Select(usable, peak / limit, zero))
+            multiplier = B.bind(B.Select(tiny, zero, limit / safe) * norm)
+            # Not finite, where the token is not.
+            return multiplier, B.bind(B.Select(tiny, zero, peak / limit))
         bits = B.bind(B.Cast("int32", B.shift_right(B.reinterpret("uint32", peak), u32(23))))
         # 2^(8 - e) and 2^(e - 8) must be normal numbers.
         peak_at = peak_bits(spec)

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from gqsa_compiler._tvm import Target
 from gqsa_compiler.errors import UsageError
-from gqsa_compiler.targets import SHARED_BYTES
+from gqsa_compiler.targets import SHARED_BYTES, TargetSpec
 
 WARP = 32
 """Threads of a warp."""
@@ -66,3 +66,14 @@ def arch_of(name: str) -> Arch:
         known = ", ".join(ARCHES)
         raise UsageError(f"There are no CUDA kernels for {name!r}; choose one of {known}.")
     return ARCHES[name]
+
+
+def arch_for(target: TargetSpec) -> Arch:
+    """Return the architecture of a target's code, with the shared memory that it may ask for.
+
+    Raises
+    ------
+    UsageError
+        There are no kernels for it.
+    """
+    return replace(arch_of(target.arch), shared_bytes=target.shared_bytes)

@@ -13,7 +13,7 @@ from gqsa_compiler._tvm import B
 from gqsa_compiler.checkpoint import BSRLayer
 from gqsa_compiler.schedules.cuda import config as configs
 from gqsa_compiler.schedules.cuda import gemm, gemv, pack
-from gqsa_compiler.schedules.cuda.arch import ARCHES, arch_of
+from gqsa_compiler.schedules.cuda.arch import ARCHES, arch_for
 from gqsa_compiler.schedules.cuda.config import CudaConfig, tiles_of
 from gqsa_compiler.schedules.cuda.layout import COLUMN_BITS, StreamLayout
 from gqsa_compiler.schedules.generic.emit import int64
@@ -65,7 +65,7 @@ class CudaBsr(ScheduleRule[CudaConfig]):
 
     def space(self, spec: LinearSpec, target: TargetSpec) -> Sequence[CudaConfig]:
         """List the configurations worth trying; the first is the default."""
-        return configs.space(spec, arch_of(target.arch))
+        return configs.space(spec, arch_for(target))
 
     def params(self, spec: LinearSpec, config: CudaConfig) -> tuple[ParamSpec, ...]:
         """Describe the packed tensors, in the order `build` takes them."""
@@ -94,7 +94,7 @@ class CudaBsr(ScheduleRule[CudaConfig]):
         more tokens it launches the tensor cores' kernel, or with int16 activations, which these do
         not have, the largest of the others again and again.
         """
-        tiles = tiles_of(spec, config, arch_of(target.arch))
+        tiles = tiles_of(spec, config, arch_for(target))
 
         def body(args: Arguments) -> None:
             _dispatch(spec, config, args, tiles)

@@ -16,6 +16,9 @@ BLOCK_ROWS = 512
 """Rows that a block of a launch may have a share of."""
 MOST_WARPS = 16
 """Warps of a block that works on several tokens: their sums take up to 128 registers a thread."""
+OTHER_REGISTERS = 16
+"""What a thread needs beside the values of a token that it holds while it rounds them."""
+_REGISTERS = 65536
 LEAST_TILES = 4
 """Tiles of weights (512 bytes of codes) that are worth a block of their own."""
 
@@ -188,7 +191,8 @@ def space(spec: LinearSpec, arch: Arch) -> tuple[CudaConfig, ...]:
 
     A processor holds 1536 (compute capability 8.6, 8.9) or 2048 threads and 65536 registers: 32
     warps of 64 registers, or 24 of 80, which integers need with two tiles on their way, 20 of 96
-    where a piece has more than 16 inputs, and 16 of 128 where it has 64.
+    where a piece has more than 16 inputs, and 16 of 128 where it has 64. Small blocks whose threads
+    would have to hold more values of a token than registers spill, and are left out.
     """
     bits: tuple[Literal[8, 16], ...] = (16,) if spec.bits == 8 else (16, 8)
     found = [
@@ -197,7 +201,13 @@ def space(spec: LinearSpec, arch: Arch) -> tuple[CudaConfig, ...]:
         for depth in (2, 1)
         for warps, resident in _shapes(spec, depth)
     ]
-    return tuple(config for config in found if tiles_of(spec, config, arch))
+    fit = [config for config in found if _values_fit(spec, config)] or found[:1]
+    return tuple(config for config in fit if tiles_of(spec, config, arch))
+
+
+def _values_fit(spec: LinearSpec, config: CudaConfig) -> bool:
+    registers = _REGISTERS // (config.threads * config.resident) // 8 * 8
+    return spec.k <= (registers - OTHER_REGISTERS) * config.threads
 
 
 def _shapes(spec: LinearSpec, depth: int) -> tuple[tuple[int, int], ...]:

@@ -6,7 +6,7 @@ each, which TVM puts in front of the kernel.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from gqsa_compiler._tvm import B, T
@@ -259,12 +259,13 @@ def warp_sum(values: Buffer, count: int, lane: Expr) -> None:
         step //= 2
 
 
-def warp_max(values: Buffer, at: int) -> None:
-    """Replace a register by its maximum over the warp."""
+def warp_max(values: Buffer, at: int, larger: Callable[[Expr, Expr], Expr] | None = None) -> None:
+    """Replace a register by its maximum over the warp, by what emits the larger of two."""
+    larger = larger or B.max
     step = WARP // 2
     while step:
         value = B.bind(load(values, at))
-        store(values, B.max(value, shuffle_xor(value, step)), at)
+        store(values, larger(value, shuffle_xor(value, step)), at)
         step //= 2
 
 

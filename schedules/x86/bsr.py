@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -19,14 +19,14 @@ from gqsa_compiler.schedules.generic.function import Arguments, kernel
 from gqsa_compiler.schedules.generic.layout import units_of
 from gqsa_compiler.schedules.generic.tasks import ManyTokens, emit_tasks
 from gqsa_compiler.schedules.generic.tiles import TilePlan
-from gqsa_compiler.schedules.rule import ScheduleRule
+from gqsa_compiler.schedules.records.layout import Records, pack
+from gqsa_compiler.schedules.records.rule import RecordsRule
 from gqsa_compiler.schedules.spec import LinearSpec, ParamSpec
 from gqsa_compiler.schedules.x86 import bfloat16
 from gqsa_compiler.schedules.x86.activations import Inputs, prepare
 from gqsa_compiler.schedules.x86.config import X86Config, space
 from gqsa_compiler.schedules.x86.dot import row_sums
 from gqsa_compiler.schedules.x86.one_token import one_token
-from gqsa_compiler.schedules.x86.records import Records, pack, stored
 from gqsa_compiler.schedules.x86.scratch import Scratch
 from gqsa_compiler.schedules.x86.weights import Weights
 from gqsa_compiler.schedules.x86.wide import prepare_wide, row_block, wide
@@ -38,35 +38,14 @@ def has_bfloat16(target: TargetSpec) -> bool:
     return bfloat16.FEATURE in target.features
 
 
-class X86Bsr(ScheduleRule[X86Config]):
-    """Sparse weights, 16-bit activations; tasks have equal numbers of groups.
-
-    Attributes
-    ----------
-    bits : tuple of int
-        Codes that it runs.
-    """
+class X86Bsr(RecordsRule[X86Config]):
+    """Those that need AVX2 at least."""
 
     layout_version = 3
-    bits: ClassVar[tuple[int, ...]]
-
-    def packed_by(self, config: X86Config) -> int:
-        """Return the number of tasks: the rest is the same for every target."""
-        return config.tasks
 
     def applies(self, spec: LinearSpec, target: TargetSpec) -> bool:
         """Say whether this kernel can run `spec` on `target`."""
-        return (
-            spec.weight == "bsr"
-            and spec.bits in self.bits
-            and spec.activation_dtype == "int16"
-            and "avx2" in target.features
-        )
-
-    def code_key(self, spec: LinearSpec) -> LinearSpec:
-        """Return what the code depends on: the bits only where the zero point follows from them."""
-        key = super().code_key(spec)
-        return key if spec.symmetric else replace(key, weight_dtype=f"int{self.bits[-1]}")
+        return self.reads(spec) and "avx2" in target.features
 
     def space(self, spec: LinearSpec, target: TargetSpec) -> Sequence[X86Config]:
         """List the configurations worth trying; the first is the default."""
@@ -92,11 +71,11 @@ class X86Bsr(ScheduleRule[X86Config]):
             weights = Weights(
                 spec,
                 Records.of(spec),
-                2 * config.lanes,
-                has_native_half(target),
                 args.params["records"],
                 args.params.get("factors"),
                 args.params.get("row_starts"),
+                2 * config.lanes,
+                has_native_half(target),
                 config.ahead,
             )
 
@@ -129,12 +108,6 @@ class X86Bsr(ScheduleRule[X86Config]):
                 body(args)
 
         return kernel(spec, self.params(spec, config), whole)
-
-    def stored(
-        self, spec: LinearSpec, config: X86Config, part: BSRLayer
-    ) -> npt.NDArray[np.float64]:
-        """Decode a layer as its packed tensors have it, float64 [N, K]."""
-        return stored(spec, part)
 
 
 class X86BsrInt2(X86Bsr):

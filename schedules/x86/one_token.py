@@ -14,9 +14,9 @@ from gqsa_compiler.schedules.generic.emit import (
     store,
 )
 from gqsa_compiler.schedules.generic.epilogue import Outputs
+from gqsa_compiler.schedules.records.layout import output_block
 from gqsa_compiler.schedules.x86.activations import Inputs
 from gqsa_compiler.schedules.x86.dot import lane_sums
-from gqsa_compiler.schedules.x86.records import output_block
 from gqsa_compiler.schedules.x86.weights import Weights
 
 

@@ -21,62 +21,27 @@ from gqsa_compiler.schedules.generic.emit import (
     store,
     vector,
 )
-from gqsa_compiler.schedules.spec import LinearSpec
+from gqsa_compiler.schedules.records.weights import RecordWeights
 from gqsa_compiler.schedules.x86 import splat
-from gqsa_compiler.schedules.x86.chunks import Chunks
-from gqsa_compiler.schedules.x86.records import Records
 
 
 @dataclass(frozen=True)
-class Weights:
+class Weights(RecordWeights):
     """A layer's packed tensors inside a kernel.
 
     Parameters
     ----------
     lanes : int
         16-bit lanes of the target's vector registers.
+    native_half : bool
+        The target converts float16 itself.
     ahead : int
         Bytes between a record that is multiplied and one that is asked for; 0: none.
     """
 
-    spec: LinearSpec
-    records: Records
     lanes: int
     native_half: bool
-    bytes: Buffer
-    factors: Buffer | None
-    row_starts: Buffer | None
     ahead: int = 0
-
-    @property
-    def chunks(self) -> Chunks:
-        """How codes lie in a record."""
-        return self.records.chunks
-
-    @property
-    def overhang(self) -> int:
-        """Columns that the units of a row reach beyond it, where all groups are kept."""
-        if not self.records.full:
-            return 0
-        width = self.chunks.groups * self.spec.group_size
-        return self.records.row_units(self.spec) * width - self.spec.k
-
-    def row(self, row: Expr) -> tuple[Expr, Expr]:
-        """Emit the first and the past-the-last unit of a stored row, int64."""
-        if self.row_starts is None:
-            units = self.records.row_units(self.spec)
-            first = B.bind(row * int64(units))
-            return first, B.bind(first + int64(units))
-        first = B.bind(int64(load(self.row_starts, row)))
-        return first, B.bind(int64(load(self.row_starts, row + int64(1))))
-
-    def factor(self, row: Expr) -> Expr:
-        """Emit what all of a row's scales are multiplied by, float32."""
-        return const(1.0, "float32") if self.factors is None else load(self.factors, row)
-
-    def start(self, unit: Expr) -> Expr:
-        """Emit where a unit's record begins, int64."""
-        return B.bind(unit * int64(self.records.size))
 
     def unit_scales(self, record: Expr) -> Expr:
         """Emit the scales of a unit's groups without their row's factor, float32."""

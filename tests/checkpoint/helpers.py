@@ -74,7 +74,10 @@ def layers(
     scales = (signs * size * rng.uniform(0.5, 1.0, (n, c))).astype(np.float16)
     no_zeros = draw(st.booleans()) if symmetric is None else symmetric
     zeros = None if no_zeros else rng.integers(0, 1 << b, (n, c), dtype=np.uint8)
-    return from_codes(name, (n, c * g), g, keep, codes, scales, zeros, b)
+    layer = from_codes(name, (n, c * g), g, keep, codes, scales, zeros, b)
+    if not draw(st.booleans()):
+        return layer
+    return replace(layer, input_rms=rng.lognormal(0, 3, c * g).astype(np.float32))
 
 
 def naive_code(stream: npt.NDArray[np.uint8], bits: int, i: int) -> int:
@@ -107,8 +110,9 @@ def same_layer(a: BSRLayer, b: BSRLayer) -> bool:
     """Whether two layers are the same bit for bit."""
 
     def raw(layer: BSRLayer) -> tuple[Any, ...]:
-        arrays = (layer.indptr, layer.indices, layer.qweight, layer.scales, layer.qzeros)
-        stored = (None if x is None else (x.dtype, x.shape, x.tobytes()) for x in arrays)
+        arrays = (layer.indptr, layer.indices, layer.qweight, layer.scales)
+        optional = (layer.qzeros, layer.input_rms)
+        stored = (None if x is None else (x.dtype, x.shape, x.tobytes()) for x in arrays + optional)
         return (layer.name, layer.shape, layer.group_size, layer.bits, *stored)
 
     return raw(a) == raw(b)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -76,7 +77,7 @@ def test_from_codes_inverts_unpacking(layer: BSRLayer) -> None:
         zeros = np.full(keep.shape, -1, np.int64)
         zeros[keep] = layer.zeros()
     again = from_codes(layer.name, (n, k), g, keep, codes, scales, zeros, layer.bits)
-    assert same_layer(again, layer)
+    assert same_layer(again, replace(layer, input_rms=None))
 
 
 def codes_arguments() -> dict[str, Any]:

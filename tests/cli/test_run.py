@@ -295,6 +295,18 @@ def test_the_prompt_comes_from_a_pipe(gqsa: Gqsa, toy_artefact: Path, file: str)
     assert (done.returncode, done.stdout.decode()) == (0, expected)
 
 
+def test_a_prompt_without_end_is_refused(
+    gqsa: Gqsa, toy_artefact: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("gqsa_compiler.cli.run._MOST_BYTES", 1 << 20)
+    done = gqsa("run", toy_artefact, "-f", "/dev/zero")
+    assert done.code == 2
+    assert done.error == "/dev/zero has more than 1 MiB; give -f a shorter text."
+    monkeypatch.setattr(sys, "stdin", io.StringIO("a" * (1 << 21)))
+    done = gqsa("run", toy_artefact)
+    assert (done.code, "Standard input has more than 1 MiB" in done.error) == (2, True)
+
+
 def test_the_prompt_comes_from_the_null_device(gqsa: Gqsa, toy_artefact: Path) -> None:
     done = gqsa("run", toy_artefact, "-f", "/dev/null")
     assert (done.code, "prompt is empty" in done.error) == (2, True)

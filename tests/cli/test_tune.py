@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import pytest
 
 import gqsa_compiler.tune as tune_module
+from gqsa_compiler.errors import UsageError
 from gqsa_compiler.tuning import prepare as prepare_module
 from gqsa_compiler.tuning.bundle import Exported
 from gqsa_compiler.tuning.database import Database
@@ -65,8 +67,9 @@ def test_a_session_as_json_and_resumed(gqsa: Gqsa, tmp_path: Path) -> None:
     ("words", "message"),
     [
         (["--minutes", "nan"], "minutes is nan and must be 0 or more."),
-        (["--minutes", "-1"], "Invalid value for '--minutes': -1.0 is not in the range"),
-        (["--trials", "0"], "Invalid value for '--trials': 0 is not in the range"),
+        (["--minutes", "-1"], "minutes is -1.0 and must be 0 or more."),
+        (["--trials", "0"], "trials is 0 and must be at least 1."),
+        (["--trials", "9" * 400], "trials is more than 1000000000; leave it out for no limit."),
         (["--seed", "-1"], "seed is -1 and must be from 0 to 4294967295."),
         (["--seed", str(1 << 32)], "seed is 4294967296 and must be from 0 to 4294967295."),
         (["--prompt", "9" * 400], "A workload has at most 1000000000 tokens of each kind."),
@@ -75,15 +78,36 @@ def test_a_session_as_json_and_resumed(gqsa: Gqsa, tmp_path: Path) -> None:
         (["--threads", "1000"], "threads is 1000 and this process may use"),
     ],
 )
-def test_an_option_that_is_none(
-    gqsa: Gqsa, words: list[str], message: str, tmp_path: Path
-) -> None:
+def test_an_option_that_is_none(gqsa: Gqsa, words: list[str], message: str, tmp_path: Path) -> None:
     """Nothing is begun: there is no directory of a database, and no trial."""
     done = gqsa("tune", "toy", "--db", tmp_path / "db", *words)
     assert done.code == 2
-    assert done.error.startswith(message)
+    # What is out of a range that typer knows it refuses in words of its own.
+    assert done.error.startswith((message, f"Invalid value for '{words[0]}': "))
     assert done.out == ""
     assert not (tmp_path / "db").exists()
+    # The same from Python, where there is no typer.
+    name, value = words[0].removeprefix("--"), words[1]
+    options: Any = {name: float(value) if name == "minutes" else int(value)}
+    with pytest.raises(UsageError, match=re.escape(message)):
+        tune_module.tune_model("toy", tmp_path / "db", tune_module.TuneOptions(**options))
+
+
+def test_a_report_that_cannot_be_written(
+    gqsa: Gqsa, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is said before the session, not after it."""
+    (tmp_path / "file").write_text("")
+
+    def said(report: Path) -> str:
+        done = tune(gqsa, tmp_path / "db", "--report", str(report))
+        assert (done.code, (tmp_path / "db").exists()) == (2, False)
+        return str(done.error)
+
+    assert f"{tmp_path} is a directory; give --report the name" in said(tmp_path)
+    assert "r.html cannot be made, as " in said(tmp_path / "file" / "r.html")
+    monkeypatch.setattr("os.access", lambda *_: False)  # root may write anywhere
+    assert "r.html cannot be written; give" in said(tmp_path / "r.html")
 
 
 def test_an_hour_without_end(gqsa: Gqsa, tmp_path: Path) -> None:

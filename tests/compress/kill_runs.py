@@ -22,7 +22,7 @@ import torch
 
 from gqsa_compiler.compress import Recipe, compress_model, parse_recipe
 from gqsa_compiler.compress.phases import model as model_phase
-from gqsa_compiler.frontends.source import resolve
+from gqsa_compiler.frontends.resolve import resolve
 from gqsa_compiler.frontends.torch_model import load_dense
 
 RANDOM_RUNS = 8

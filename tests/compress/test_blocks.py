@@ -16,7 +16,7 @@ from gqsa_compiler.compress.blocks import (
     run_block,
 )
 from gqsa_compiler.errors import ModelError
-from gqsa_compiler.frontends.source import resolve
+from gqsa_compiler.frontends.resolve import resolve
 from gqsa_compiler.frontends.torch_model import load_dense
 from tests.tiny_models import FAMILIES, make_tiny
 

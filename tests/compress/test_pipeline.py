@@ -22,8 +22,12 @@ from gqsa_compiler.compress.result import LayerReport
 from gqsa_compiler.compress.solver.block_oneshot import BlockState, compress_block
 from gqsa_compiler.compress.solver.rtn import round_weight
 from gqsa_compiler.errors import ModelError, UsageError
-from gqsa_compiler.frontends.source import resolve
-from gqsa_compiler.frontends.torch_model import load_checkpoint_dense, load_dense
+from gqsa_compiler.frontends.resolve import resolve
+from gqsa_compiler.frontends.torch_model import (
+    load_checkpoint_dense,
+    load_dense,
+    load_tokenizer,
+)
 from tests.tiny_models import FAMILIES, make_tiny
 
 QUICK: dict[str, Any] = {"samples": 8, "sequence_length": 32, "stages": "none"}
@@ -56,6 +60,7 @@ def test_every_family(family: str, tmp_path: Path) -> None:
             asked = reader.quantization.scheme(name).ratio
             assert layer.nnz == total - int(total * asked + 1e-9)
             groups, kept = groups + total, kept + layer.nnz
+            assert layer.input_rms is not None
         # Balanced over the model: about 30% of all of them.
         assert kept / groups == pytest.approx(0.7, abs=0.01)
         for name, parameter in model.named_parameters():
@@ -160,6 +165,31 @@ def test_blocks_see_the_inputs_they_get_in_the_whole_model(
         model(tokens)
     torch.testing.assert_close(seen[0], states[0].inputs[0][:2], rtol=2e-3, atol=2e-3)
     torch.testing.assert_close(seen[1], states[2].inputs[0][:2], rtol=2e-2, atol=2e-2)
+
+
+def test_how_large_inputs_are_is_stored(llama: Path, tmp_path: Path) -> None:
+    """What the checkpoint says of a layer's inputs is what its own model gives that layer."""
+    text = "The quick brown fox jumps over the lazy dog, and the dog sleeps. " * 40
+    (tmp_path / "text.txt").write_text(text)
+    options: dict[str, Any] = {**QUICK, "calibration": tmp_path / "text.txt"}
+    compress_model(llama, tmp_path / "out", "w8s10g16", **options)
+    source = resolve(str(tmp_path / "out"))
+    model = load_checkpoint_dense(source)
+    seen: dict[str, torch.Tensor] = {}
+    names = ("model.layers.1.self_attn.q_proj", "model.layers.1.mlp.gate_proj")
+    for name in names:
+        model.get_submodule(name).register_forward_pre_hook(
+            lambda _, args, name=name: seen.update({name: args[0]})
+        )
+    with torch.inference_mode():
+        ids = load_tokenizer(source)(text, return_tensors="pt").input_ids[0]
+        model(ids[: len(ids) // 32 * 32].view(-1, 32))
+    assert source.checkpoint is not None
+    for name in names:
+        stored = source.checkpoint.layer(name).input_rms
+        rms = seen[name].double().square().mean((0, 1)).sqrt().numpy()
+        assert np.corrcoef(stored, rms)[0, 1] > 0.95
+        assert np.median(stored / rms) == pytest.approx(1, rel=0.1)
 
 
 def test_same_seed_same_bytes_and_another_seed_others(llama: Path, tmp_path: Path) -> None:

@@ -14,7 +14,8 @@ from gqsa_compiler.compress.fingerprint import run_settings
 from gqsa_compiler.compress.recipes.budget import Budget
 from gqsa_compiler.compress.request import choose_calibration, choose_recipe
 from gqsa_compiler.errors import UsageError
-from gqsa_compiler.frontends.source import ModelSource, resolve
+from gqsa_compiler.frontends.resolve import resolve
+from gqsa_compiler.frontends.source import ModelSource
 from tests.tiny_models import make_tiny
 
 RECIPE = parse_recipe("w4s50g16")

@@ -23,7 +23,7 @@ from gqsa_compiler.compress.training.model_stage import ModelTrainer
 from gqsa_compiler.compress.work.runlog import read_log
 from gqsa_compiler.compress.work.workdir import WorkDirectory
 from gqsa_compiler.errors import GqsaError, UsageError
-from gqsa_compiler.frontends.source import resolve
+from gqsa_compiler.frontends.resolve import resolve
 from gqsa_compiler.frontends.torch_model import load_checkpoint_dense
 from tests.compress.kill_runs import content, quick_recipe
 from tests.tiny_models import make_tiny

@@ -16,7 +16,7 @@ from gqsa_compiler.compress.training.checkpointing import use_checkpoints
 from gqsa_compiler.compress.training.model_stage import ModelTrainer
 from gqsa_compiler.compress.training.ranks import Ranks
 from gqsa_compiler.compress.training.teacher import teacher_states
-from gqsa_compiler.frontends.source import resolve
+from gqsa_compiler.frontends.resolve import resolve
 from gqsa_compiler.frontends.torch_model import build_model, load_parameters
 from tests.compress.training.helpers import random_tokens, student
 

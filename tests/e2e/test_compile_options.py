@@ -18,7 +18,7 @@ from gqsa_compiler import runtime, toolchain
 from gqsa_compiler.errors import CompileError, UsageError
 from gqsa_compiler.report import CompileReport
 from gqsa_compiler.runtime.manifest import Manifest
-from gqsa_compiler.schedules.table import default_activations
+from gqsa_compiler.schedules.activations import default_activations
 from gqsa_compiler.targets import parse_target
 from tests.tiny_checkpoints import make_checkpoint
 from tests.tiny_models import make_tiny
@@ -194,7 +194,7 @@ def test_a_bad_option_is_one_sentence_and_leaves_nothing(
 
 def test_no_fallback_names_the_layers_that_stayed_dense(dense: Path, tmp_path: Path) -> None:
     from gqsa_compiler.checkpoint import CheckpointWriter, QuantizationConfig, from_dense
-    from gqsa_compiler.frontends.source import resolve
+    from gqsa_compiler.frontends.resolve import resolve
 
     source = resolve(str(dense))
     partly = tmp_path / "partly"

@@ -17,7 +17,7 @@ from gqsa_compiler.compile import plan_kernels
 from gqsa_compiler.compile_options import CompileOptions
 from gqsa_compiler.errors import ArtefactError, CompileError, UsageError
 from gqsa_compiler.frontends.hf import import_model
-from gqsa_compiler.frontends.source import resolve
+from gqsa_compiler.frontends.resolve import resolve
 from gqsa_compiler.model_weights import ModelWeights, kv_spec
 from gqsa_compiler.passes.add_decode import DECODE
 from gqsa_compiler.passes.capture_decode import CAPTURED, RUN_OR_CAPTURE

@@ -11,7 +11,7 @@ import torch
 from gqsa_compiler import compile as gqsa_compile
 from gqsa_compiler import runtime
 from gqsa_compiler.checkpoint import LayerScheme
-from gqsa_compiler.frontends.source import resolve
+from gqsa_compiler.frontends.resolve import resolve
 from gqsa_compiler.frontends.torch_model import load_checkpoint_dense
 from tests.e2e.test_parity import TOLERANCE, X86, relative_error
 from tests.tiny_checkpoints import make_checkpoint

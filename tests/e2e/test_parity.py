@@ -11,9 +11,9 @@ import torch
 
 from gqsa_compiler import compile as gqsa_compile
 from gqsa_compiler import runtime
-from gqsa_compiler.frontends.source import resolve
+from gqsa_compiler.frontends.resolve import resolve
 from gqsa_compiler.frontends.torch_model import load_checkpoint_dense
-from gqsa_compiler.schedules.table import default_activations
+from gqsa_compiler.schedules.activations import default_activations
 from gqsa_compiler.targets import parse_target
 from tests.tiny_checkpoints import make_checkpoint
 from tests.tiny_models import FAMILIES, VOCAB_SIZE, make_tiny

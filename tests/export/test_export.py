@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from gqsa_compiler.checkpoint import LayerScheme
 from gqsa_compiler.errors import ModelError, UsageError
 from gqsa_compiler.export import ExportReport, export_model
-from gqsa_compiler.frontends.source import resolve
+from gqsa_compiler.frontends.resolve import resolve
 from gqsa_compiler.frontends.torch_model import load_checkpoint_dense
 from tests.tiny_checkpoints import make_checkpoint
 from tests.tiny_models import make_tiny

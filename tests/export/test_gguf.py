@@ -17,7 +17,7 @@ from gqsa_compiler.export import export_model
 from gqsa_compiler.export.gguf_file import block_type, pack_blocks
 from gqsa_compiler.export.gguf_tokenizer import split_name
 from gqsa_compiler.frontends.hf import import_model
-from gqsa_compiler.frontends.source import resolve
+from gqsa_compiler.frontends.resolve import resolve
 from tests.checkpoint.helpers import random_layer
 from tests.tiny_checkpoints import make_checkpoint
 from tests.tiny_models import make_tiny

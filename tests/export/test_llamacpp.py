@@ -11,7 +11,7 @@ import torch
 
 from gqsa_compiler.checkpoint import LayerScheme
 from gqsa_compiler.export import export_model
-from gqsa_compiler.frontends.source import resolve
+from gqsa_compiler.frontends.resolve import resolve
 from gqsa_compiler.frontends.torch_model import load_checkpoint_dense
 from tests.tiny_checkpoints import make_checkpoint
 from tests.tiny_models import make_tiny

@@ -13,7 +13,7 @@ from tokenizers import Tokenizer
 
 from gqsa_compiler.errors import ModelError
 from gqsa_compiler.frontends.hf import import_model
-from gqsa_compiler.frontends.source import DEMO_MODEL, resolve
+from gqsa_compiler.frontends.resolve import DEMO_MODEL, resolve
 from gqsa_compiler.models.registry import parse_config
 from gqsa_compiler.models.rope import RopeParameters
 from tests.frontends.gguf_files import write_gguf

@@ -13,7 +13,7 @@ from safetensors.numpy import load_file, save_file
 from gqsa_compiler._tvm import relax, tvm
 from gqsa_compiler.errors import ModelError, UsageError
 from gqsa_compiler.frontends.hf import DEFAULT_CONTEXT, ImportedModel, import_model
-from gqsa_compiler.frontends.source import resolve
+from gqsa_compiler.frontends.resolve import resolve
 from gqsa_compiler.models.layers import CausalLM
 from gqsa_compiler.models.registry import architecture, parse_config
 from tests.tiny_models import FAMILIES, VOCAB_SIZE, make_tiny

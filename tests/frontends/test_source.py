@@ -18,7 +18,7 @@ from gqsa_compiler.checkpoint import CheckpointWriter, QuantizationConfig, from_
 from gqsa_compiler.errors import ModelError, UsageError
 from gqsa_compiler.frontends.hf import import_model
 from gqsa_compiler.frontends.hf_directory import canonical_name
-from gqsa_compiler.frontends.source import DEMO_MODEL, resolve
+from gqsa_compiler.frontends.resolve import DEMO_MODEL, resolve
 from tests.tiny_models import make_tiny
 
 

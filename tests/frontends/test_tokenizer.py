@@ -11,7 +11,7 @@ import pytest
 from tokenizers import Tokenizer
 
 from gqsa_compiler.errors import ModelError
-from gqsa_compiler.frontends.source import resolve
+from gqsa_compiler.frontends.resolve import resolve
 from gqsa_compiler.frontends.tokenizer import eos_token_ids, token_id
 from tests.tiny_models import CHAT_TEMPLATE, make_tiny
 

@@ -13,7 +13,7 @@ import torch
 from gqsa_compiler.checkpoint import CheckpointReader, to_dense
 from gqsa_compiler.compress import compress_model
 from gqsa_compiler.errors import ModelError
-from gqsa_compiler.frontends.source import resolve
+from gqsa_compiler.frontends.resolve import resolve
 from gqsa_compiler.frontends.torch_model import (
     load_checkpoint_dense,
     load_dense,

@@ -24,7 +24,7 @@ from transformers.quantizers.auto import (
 import gqsa_compiler.hf
 from gqsa_compiler.checkpoint import CheckpointReader, LayerScheme, to_dense, validate
 from gqsa_compiler.errors import CheckpointError, UsageError
-from gqsa_compiler.frontends.source import resolve
+from gqsa_compiler.frontends.resolve import resolve
 from gqsa_compiler.frontends.torch_model import load_checkpoint_dense
 from gqsa_compiler.hf import GQSAConfig, GQSALinear, GQSAQuantizer
 from gqsa_compiler.hf.linear import unpack_codes
@@ -103,7 +103,7 @@ def test_other_dtypes_leave_the_scales_alone(dtype: torch.dtype, checkpoint: Pat
     wide, narrow = load(checkpoint), load(checkpoint, dtype=dtype)
     assert narrow.dtype == dtype
     for (name, a), (_, b) in zip(wide.named_buffers(), narrow.named_buffers(), strict=True):
-        if name.endswith(("scales", "qweight", "indices")):
+        if name.endswith(("scales", "qweight", "indices", "input_rms")):
             assert torch.equal(a, b)
     assert torch.isfinite(logits(narrow)).all()
 

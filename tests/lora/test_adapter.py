@@ -13,6 +13,7 @@ from safetensors.numpy import load_file, save_file
 
 from gqsa_compiler.errors import CheckpointError, ModelError, UsageError
 from gqsa_compiler.lora.adapter import Adapter
+from gqsa_compiler.lora.adapters import _balanced
 from gqsa_compiler.lora.config import read_config
 from gqsa_compiler.lora.names import MAX_ADAPTERS, check_names, parse_adapters
 from tests.lora.adapters import CONFIG
@@ -107,6 +108,30 @@ def test_configurations_that_are_refused(
         Adapter(write(tmp_path / "a", **fields), LINEARS)
 
 
+@pytest.mark.parametrize(
+    "fields",
+    [
+        # What PEFT writes of an adapter that began so.
+        {"init_lora_weights": "eva", "eva_config": {"rho": 2.0, "tau": 0.99}},
+        {"init_lora_weights": "orthogonal"},
+    ],
+)
+def test_beginnings_that_leave_the_model_alone(tmp_path: Path, fields: dict[str, Any]) -> None:
+    assert Adapter(write(tmp_path / "a", **fields), LINEARS).layers
+
+
+def test_halves_keep_the_digits_of_small_matrices() -> None:
+    """After a few steps of training B is far below what halves have all their digits for."""
+    rng = np.random.default_rng(0)
+    a, b = rng.standard_normal((4, 64)), rng.standard_normal((32, 4)) * 1e-7
+    left, right = _balanced(a.astype(np.float32), b.astype(np.float32))
+    np.testing.assert_allclose(right @ left, b @ a, rtol=1e-4, atol=1e-11)
+    halves = right.astype(np.float16).astype(float) @ left.astype(np.float16).astype(float)
+    assert abs(halves - b @ a).max() < 1e-3 * abs(b @ a).max()
+    nothing = np.zeros((32, 4), np.float32)
+    assert _balanced(left, nothing)[1] is nothing
+
+
 def _tensors(**arrays: Any) -> dict[str, Any]:
     full = {"A": np.zeros((2, 8), np.float32), "B": np.zeros((6, 2), np.float32), **arrays}
     return {f"{PREFIX}.lora_{k}.weight": v for k, v in full.items() if v is not None}
@@ -190,5 +215,8 @@ def test_names(tmp_path: Path) -> None:
     for name in ("", "a b", "-a", "a/b", "a" * 65):
         with pytest.raises(UsageError, match="An adapter cannot be called"):
             parse_adapters([f"{name}=dir"])
+    for text in ("a=", ""):
+        with pytest.raises(UsageError, match="names no directory"):
+            parse_adapters([text])
     with pytest.raises(UsageError, match="at most 256"):
         check_names({f"a{i}": "dir" for i in range(MAX_ADAPTERS + 1)})

@@ -259,6 +259,6 @@ def test_what_cannot_be_compiled(folder: Path, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_values_beyond_float16(folder: Path, tmp_path: Path) -> None:
-    large = make_adapter(tmp_path / "large", folder / "checkpoint", ("o_proj",), gain=1e6)
+    large = make_adapter(tmp_path / "large", folder / "checkpoint", ("o_proj",), gain=1e12)
     with pytest.raises(CompileError, match="compile with --adapter-dtype float32"):
         gqsa_compile(str(folder / "checkpoint"), tmp_path / "out", adapters={"a": large}, **OPTIONS)

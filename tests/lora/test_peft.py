@@ -11,7 +11,7 @@ import torch
 
 from gqsa_compiler import compile as gqsa_compile
 from gqsa_compiler import runtime
-from gqsa_compiler.frontends.source import resolve
+from gqsa_compiler.frontends.resolve import resolve
 from gqsa_compiler.frontends.torch_model import load_checkpoint_dense
 from tests.lora.test_compiled import OPTIONS, TOKENS, error
 from tests.tiny_checkpoints import make_checkpoint

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from gqsa_compiler.frontends.hf import ImportedModel, import_model
-from gqsa_compiler.frontends.source import resolve
+from gqsa_compiler.frontends.resolve import resolve
 from tests.models.runner import Runner, reference_logits
 from tests.tiny_models import VOCAB_SIZE, make_tiny
 

@@ -125,7 +125,7 @@ def test_a_module_is_told_by_its_files(made: Made, tmp_path: Path) -> None:
 
 
 def test_the_public_names_take_modules(made: Made, tmp_path: Path) -> None:
-    with pytest.raises(ModelError, match="no linear layer that groups of 16 fit"):
+    with pytest.raises(ModelError, match="no linear layer that is compressed"):
         gqsa_compiler.compress(nn.Sequential(nn.Linear(8, 8)), (torch.randn(1, 8),), "w4s30g16",
                                tmp_path / "c")  # fmt: skip
     with pytest.raises(UsageError, match="compress_onnx"):

@@ -131,6 +131,15 @@ def test_bad_tokens(session: Session, tokens: list[int], words: str) -> None:
         session.prefill(session.add(), tokens)
 
 
+def test_a_cpu_chooses_no_tokens(session: Session) -> None:
+    """It would give logits where tokens are expected."""
+    sequence = session.add()
+    session.prefill(sequence, TEXT[:4])
+    with pytest.raises(UsageError, match="Only a GPU chooses tokens"):
+        session.decode([sequence], [1], np.zeros((1, 5), np.float32))
+    session.remove(sequence)
+
+
 @pytest.mark.parametrize(
     ("sequences", "tokens", "words"),
     [

@@ -56,7 +56,12 @@ class Fake:
     ("code", "capability", "runs"),
     [
         (("sm_90",), (9, 0), True),
-        (("sm_80",), (8, 9), True),
+        (("sm_80",), (8, 7), True),
+        (("sm_80",), (8, 6), False),  # it has less shared memory
+        (("sm_80",), (8, 9), False),
+        (("compute_80", "sm_80"), (8, 6), True),
+        (("sm_86",), (8, 9), True),
+        (("sm_86",), (8, 7), True),
         (("sm_86",), (8, 0), False),
         (("sm_80",), (9, 0), False),
         (("compute_80", "sm_80"), (9, 0), True),

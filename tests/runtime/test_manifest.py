@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,20 @@ def test_a_manifest_of_absurd_size_is_not_read(copy: Path) -> None:
     with (copy / "manifest.json").open("r+b") as file:
         file.truncate(100_000_001)
     with pytest.raises(ArtefactError, match="100000001 bytes, and at most 100000000 are read"):
+        Manifest.read(copy)
+
+
+@pytest.mark.parametrize("name", ["manifest.json", "params.safetensors", "chat_template.jinja"])
+def test_pipes_and_devices_are_no_files(copy: Path, name: str) -> None:
+    """Nobody writes into the pipe, and the device has no end."""
+    (copy / "elsewhere").symlink_to("nothing")
+    (copy / name).unlink(missing_ok=True)
+    os.mkfifo(copy / name)
+    with pytest.raises(ArtefactError, match=rf"{name} is a pipe or a device and no file of an"):
+        Manifest.read(copy)
+    (copy / name).unlink()
+    (copy / name).symlink_to("/dev/zero")
+    with pytest.raises(ArtefactError, match=rf"{name} is a pipe or a device and no file of an"):
         Manifest.read(copy)
 
 

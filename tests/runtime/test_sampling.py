@@ -95,6 +95,30 @@ def test_repetition_penalty_counts_prompt_and_answer() -> None:
     assert Sampler(SamplingOptions(repetition_penalty=2.0), 3, [0])(negative) == 1
 
 
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize(
+    ("options", "likeliest"),
+    [
+        ({"temperature": 5e-324}, True),
+        ({"temperature": 1.7e308}, False),
+        ({"temperature": 1.0, "top_p": 5e-324}, True),
+        ({"temperature": 1.0, "top_k": 1}, True),
+        ({"temperature": 1.0, "top_k": 51}, False),
+        ({"top_k": 10**400, "seed": 2**200}, True),
+        ({"repetition_penalty": 1e30}, False),
+        ({"repetition_penalty": 1e-30}, False),
+    ],
+)
+@pytest.mark.parametrize("size", [0.0, 1.0, 1e4])
+def test_extreme_values_give_a_token_and_no_warning(
+    options: dict[str, Any], likeliest: bool, size: float
+) -> None:
+    logits = np.random.default_rng(0).uniform(-size, size, 50).astype(np.float32)
+    token = Sampler(SamplingOptions(**options), 50, [1, 2])(logits)
+    assert 0 <= token < 50
+    assert not likeliest or logits[token] == logits.max()
+
+
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
 def test_broken_logits_are_an_error(temperature: float, bad: float) -> None:
@@ -109,7 +133,9 @@ def test_broken_logits_are_an_error(temperature: float, bad: float) -> None:
         {"temperature": -0.1}, {"temperature": math.nan}, {"temperature": math.inf},
         {"top_k": -1}, {"top_k": 1.5}, {"top_p": 0}, {"top_p": 1.01}, {"top_p": math.nan},
         {"min_p": -0.1}, {"min_p": 1.1}, {"repetition_penalty": 0},
-        {"repetition_penalty": math.nan}, {"seed": -1},
+        {"repetition_penalty": math.nan}, {"repetition_penalty": 1e-38},
+        {"repetition_penalty": 1e300}, {"seed": -1}, {"seed": 1.5}, {"seed": math.inf},
+        {"temperature": 10**400}, {"top_k": math.inf}, {"top_k": math.nan},
     ],
 )  # fmt: skip
 def test_values_out_of_range(values: dict[str, Any]) -> None:

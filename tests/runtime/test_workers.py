@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import threading
+from multiprocessing.queues import SimpleQueue
 from pathlib import Path
 
 import pytest
@@ -33,6 +35,29 @@ def test_two_loaded_models_use_one_pool(artefact: Path) -> None:
             assert caller(first._session) == caller(second._session)
             assert tasks() == before
         assert first.generate([5], max_tokens=2).token_ids == text.token_ids
+
+
+def test_a_forked_child_says_that_it_has_no_threads(artefact: Path) -> None:
+    """It would wait for them for ever."""
+
+    def child(model: Model, said: SimpleQueue[str]) -> None:
+        try:
+            model.generate([5], max_tokens=2)
+        except UsageError as error:
+            said.put(str(error))
+        model.close()
+
+    context = multiprocessing.get_context("fork")
+    with load(artefact, threads=1) as model:
+        said = context.SimpleQueue()
+        process = context.Process(target=child, args=(model, said))
+        process.start()
+        process.join(20)
+        hangs = process.is_alive()
+        process.kill()
+        assert not hangs
+        assert "before this process was forked" in said.get()
+        assert len(model.generate([5], max_tokens=2, ignore_eos=True).token_ids) == 2
 
 
 def test_sessions_at_once(model: Model) -> None:

@@ -8,15 +8,13 @@ import pytest
 
 from gqsa_compiler.errors import CompileError, UsageError
 from gqsa_compiler.limits import BITS
-from gqsa_compiler.schedules.spec import Epilogue, LinearSpec
-from gqsa_compiler.schedules.table import (
+from gqsa_compiler.schedules.activations import (
     check_activations,
-    check_shared_weights,
     default_activations,
-    rules_for,
-    select,
 )
-from gqsa_compiler.targets import CPU_NAMES, GPU_NAMES, parse_target, parse_targets
+from gqsa_compiler.schedules.spec import Epilogue, LinearSpec
+from gqsa_compiler.schedules.table import rules_for, select
+from gqsa_compiler.targets import CPU_NAMES, GPU_NAMES, parse_target
 
 SPARSE = LinearSpec(64, 128, "bsr", "int4", 16, 100)
 DENSE = LinearSpec(64, 128, "dense", "float16")
@@ -61,16 +59,6 @@ def test_int16_activations_have_kernels_on_x86_and_arm() -> None:
                 select(sixteen, target)
 
 
-def test_which_targets_share_packed_weights() -> None:
-    x86, arm = parse_targets("x86-64-v3,x86-64-v4"), parse_targets("aarch64,aarch64-i8mm")
-    check_shared_weights("int16", x86)
-    check_shared_weights("int8", arm)
-    check_shared_weights("int8", x86[:1])
-    for dtype in ("float32", "int8"):
-        with pytest.raises(UsageError, match=rf"With {dtype} activations .* x86-64-v4 and x86-64"):
-            check_shared_weights(dtype, x86)
-
-
 @pytest.mark.parametrize("name", GPU_NAMES)
 def test_what_runs_on_a_gpu(name: str) -> None:
     target = parse_target(name)
@@ -83,16 +71,8 @@ def test_what_runs_on_a_gpu(name: str) -> None:
             other = replace(spec, weight_dtype=f"int{bits}")
             assert select(other, target)[0].name == f"cuda.bsr_int{rule}"
     assert select(DENSE, target)[0].name == "cuda.dense"
-    for wrong in ("float32", "int8"):
-        with pytest.raises(UsageError, match=f"no kernels with {wrong} activations for"):
-            check_activations(wrong, target)  # type: ignore[arg-type]
     with pytest.raises(CompileError, match=r"No kernel of target .* runs a bsr layer of int4"):
         select(replace(SPARSE, activation_dtype="int8"), target)
-
-
-def test_float16_activations_are_for_gpus() -> None:
-    with pytest.raises(UsageError, match="float16 activations for target x86-64-v3, only for GPUs"):
-        check_activations("float16", parse_target("x86-64-v3"))
 
 
 @pytest.mark.parametrize(

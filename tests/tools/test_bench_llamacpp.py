@@ -17,7 +17,7 @@ from llamacpp_report import Contender, machine, summary, table
 from llamacpp_timing import Work, measure
 
 from gqsa_compiler.errors import GqsaError, UsageError
-from gqsa_compiler.frontends.source import resolve
+from gqsa_compiler.frontends.resolve import resolve
 
 
 @dataclass

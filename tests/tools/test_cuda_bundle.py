@@ -253,7 +253,8 @@ def test_what_is_built() -> None:
         "default", "sweep", "norm-gated", "bias-residual", "g32", "g128", "dense-g128",
         "dense-w2-g64",
     }  # fmt: skip
-    assert sum(one.variant == "sweep" for one in jobs) == 5 * 2 * 11
+    # Of the widest layer's, blocks of few warps are no candidates: they spill.
+    assert sum(one.variant == "sweep" for one in jobs) == 5 * 2 * 11 - (2 + 4)
     keys = {packing_key({"config": vars(one.config), "spec": json.loads(one.spec.to_json())})
             for one in jobs}  # fmt: skip
     assert len(keys) > 8

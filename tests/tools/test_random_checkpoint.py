@@ -13,7 +13,7 @@ from random_checkpoint import Scheme, random_layer, tensor_shapes, write_checkpo
 
 from gqsa_compiler.checkpoint import CheckpointReader, to_dense, validate
 from gqsa_compiler.errors import UsageError
-from gqsa_compiler.frontends.source import resolve
+from gqsa_compiler.frontends.resolve import resolve
 from tests.tiny_models import make_tiny
 
 

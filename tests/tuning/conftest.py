@@ -9,9 +9,10 @@ from pathlib import Path
 
 import pytest
 
+from gqsa_compiler.schedules.activations import default_activations
 from gqsa_compiler.schedules.rule import KernelConfig
 from gqsa_compiler.schedules.spec import LinearSpec
-from gqsa_compiler.schedules.table import default_activations, select
+from gqsa_compiler.schedules.table import select
 from gqsa_compiler.targets import parse_target
 from gqsa_compiler.tuning.measure.case import make_case
 from gqsa_compiler.tuning.measure.local import LocalMeasurer

@@ -5,9 +5,10 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+from gqsa_compiler.schedules.activations import default_activations
 from gqsa_compiler.schedules.rule import KernelConfig, ScheduleRule
 from gqsa_compiler.schedules.spec import LinearSpec
-from gqsa_compiler.schedules.table import default_activations, select
+from gqsa_compiler.schedules.table import select
 from gqsa_compiler.targets import TargetSpec, parse_target
 from gqsa_compiler.tuning.key import TargetKey, source_hash
 from gqsa_compiler.tuning.lookup import config_fields, density_of

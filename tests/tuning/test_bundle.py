@@ -114,6 +114,8 @@ def test_a_bundle_that_was_not_run(bundle: Path, tmp_path: Path) -> None:
         ({"candidates": {"a": 1}}, "candidates is missing or wrong"),
         ({"candidates": {"../a": ""}}, "is no candidate"),
         ({"candidates": {"a" * 5000: ""}}, "is no candidate"),
+        ({"candidates": {"\U0001f600" * 150: ""}}, "is no candidate"),
+        ({"candidates": {"\ud800": ""}}, "is no candidate"),
         ({"session": "../../elsewhere"}, "session is missing or wrong"),
         ({"tasks": [{"name": 3}]}, "bundle.json is damaged"),
         ({"tasks": [{"name": "a", "rule": "b", "spec": "c", "share": 1e400}]}, "json is damaged"),
@@ -133,6 +135,75 @@ def test_a_damaged_bundle_is_refused(
     (bundle / "bundle.json").write_text("{")
     with pytest.raises(UsageError, match="not JSON"):
         import_bundle(bundle, Database(tmp_path / "db"), "chip")
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("calls", {}, "json or .* is damaged"),
+        ("session", "another", "is of another session"),
+        ("rule", "\x1b[2J", "cannot be printed"),
+    ],
+)
+def test_a_damaged_candidate_is_refused(
+    bundle: Path, tmp_path: Path, field: str, value: object, message: str
+) -> None:
+    (bundle / "results").mkdir()
+    (bundle / "results" / "tasks-0-candidates-0.code").write_text("0\n")
+    (bundle / "results" / "tasks-0-candidates-0.out").write_text('{"event":"done"}\n')
+    head = json.loads((bundle / "bundle.json").read_text())
+    first = json.loads(head["candidates"]["tasks-0-candidates-0"])
+    head["candidates"]["tasks-0-candidates-0"] = json.dumps({**first, field: value})
+    (bundle / "bundle.json").write_text(json.dumps(head))
+    with pytest.raises(UsageError, match=message):
+        import_bundle(bundle, Database(tmp_path / "db"), "chip")
+    assert Database(tmp_path / "db").read().entries == ()
+
+
+def test_samples_of_other_calls_are_a_failed_trial(bundle: Path, tmp_path: Path) -> None:
+    start = bundle / "results" / "tasks-0-candidates-0"
+    start.parent.mkdir()
+    start.with_suffix(".code").write_text("0\n")
+    sample = '{"event":"sample","tokens":%d,"seconds":[1,1]}\n'
+    said = "".join(sample % tokens for tokens in [*small_task().calls, 77])
+    start.with_suffix(".out").write_text(said + '{"event":"done"}\n')
+    import_bundle(bundle, Database(tmp_path / "db"), "chip")
+    (trial,) = Database(tmp_path / "db").read().trials
+    assert (trial.status, trial.message) == ("crash", "Its samples are of other calls.")
+
+
+def test_what_is_too_large_is_not_read(bundle: Path, tmp_path: Path) -> None:
+    start = bundle / "results" / "tasks-0-candidates-0"
+    start.parent.mkdir()
+    start.with_suffix(".code").write_text("1\n")
+    with (start.parent / "cpuinfo").open("wb") as file:
+        file.truncate(1 << 30)
+    with pytest.raises(UsageError, match="cpuinfo is too large"):
+        import_bundle(bundle, Database(tmp_path / "db"))
+    assert import_bundle(bundle, Database(tmp_path / "db"), "chip")[1] == 1
+
+
+@pytest.mark.parametrize(
+    "samples",
+    [[(1e-9, 1e-9)], [(1.0, 1.0), (1e400, 1.0)], [(True, 1.0)], [("1", "1")], [(2e-9, 9e5)] * 3],
+)
+def test_times_beyond_all_are_a_failed_trial_or_a_record(
+    bundle: Path, tmp_path: Path, samples: list[tuple[float, float]]
+) -> None:
+    start = bundle / "results" / "tasks-0-candidates-0"
+    start.parent.mkdir()
+    start.with_suffix(".code").write_text("0\n")
+    lines = [
+        json.dumps({"event": "sample", "tokens": tokens, "seconds": pair})
+        for tokens in small_task().calls
+        for pair in samples
+    ]
+    start.with_suffix(".out").write_text("\n".join([*lines, '{"event":"done"}']))
+    database = Database(tmp_path / "db")
+    assert import_bundle(bundle, database, "chip")[1] == 1
+    (trial,) = database.read().trials
+    assert trial.status in ("ok", "crash")
+    assert "Tuning of toy" in render(database, trial.session)
 
 
 def test_a_damaged_description_of_a_gpu_is_refused(bundle: Path, tmp_path: Path) -> None:

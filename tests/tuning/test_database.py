@@ -132,6 +132,21 @@ def test_records_come_back_in_order(tmp_path: Path) -> None:
     assert list(database.read().entries) == numbered(5)
 
 
+def test_where_nothing_can_be_written_is_said_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").write_text("")
+    Database(tmp_path / "new" / "db").check()
+    assert not (tmp_path / "new").exists()
+    with pytest.raises(UsageError, match="is a file; name a directory"):
+        Database(tmp_path / "file").check()
+    with pytest.raises(UsageError, match=r"db cannot be made: .*/file is a file\."):
+        Database(tmp_path / "file" / "db").check()
+    monkeypatch.setattr(os, "access", lambda *_: False)  # root may write anywhere
+    with pytest.raises(UsageError, match=r"db cannot be written: nothing can be put into "):
+        Database(tmp_path / "db").check()
+
+
 def test_a_file_for_each_target_key(tmp_path: Path) -> None:
     other = replace(TRIAL, target=TargetKey.of(V4, "another chip"))
     newer = replace(TRIAL, target=replace(TRIAL.target, tvm="0.28.0"))

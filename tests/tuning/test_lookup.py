@@ -247,6 +247,29 @@ def test_the_hash_of_a_kernels_sources() -> None:
     assert len(source_hash(RULE)) == 16
 
 
+@pytest.mark.parametrize(
+    ("added", "counts"),
+    [
+        ("\n# said\n", False),
+        ('\n"""Said\nof x.\n"""\n', False),
+        ("x = 1\n", True),
+        ('x = """a\nb"""\n', True),
+    ],
+)
+def test_what_is_said_does_not_count_for_the_hash(
+    added: str, counts: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before, read = source_hash(RULE), key._source
+    monkeypatch.setattr(
+        key, "_source", lambda m: read(m) + (added if m.endswith("schedules.spec") else "")
+    )
+    key._module_hash.cache_clear()
+    try:
+        assert (source_hash(RULE) != before) == counts
+    finally:
+        key._module_hash.cache_clear()
+
+
 def test_the_lowering_counts_for_the_hash(monkeypatch: pytest.MonkeyPatch) -> None:
     rules = {name: rule_of(sparse(t), t) for name in ("x86-64-v4", "cuda:sm_90")
              for t in [parse_target(name)]}  # fmt: skip

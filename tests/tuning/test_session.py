@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -18,6 +19,7 @@ from gqsa_compiler.tuning import prepare as prepare_module
 from gqsa_compiler.tuning import session as session_module
 from gqsa_compiler.tuning.database import Database
 from gqsa_compiler.tuning.lookup import Known, Tuned, config_fields, open_tuned
+from gqsa_compiler.tuning.measure.outcome import Outcome
 from gqsa_compiler.tuning.records import SessionStart, config_key
 from gqsa_compiler.tuning.report import render, write_report
 from gqsa_compiler.tuning.search import FULL, CostModel, Search, check_model, features
@@ -102,6 +104,28 @@ def test_failures_are_recorded_and_never_win(tmp_path: Path, status: str) -> Non
     failed = [t for t in Database(tmp_path).read().trials if t.status == status]
     assert len(failed) == state.failures[status] > 0
     assert all(t.message == "planted" and not t.best and t.ratio is None for t in failed)
+
+
+def test_samples_of_other_calls_are_a_crash(tmp_path: Path) -> None:
+    """What a wild write of a candidate's may print."""
+
+    class Wild(FakeMeasurer):
+        wild = 1
+
+        def measure(self, *arguments: Any, **rounds: Any) -> Outcome:
+            found = super().measure(*arguments, **rounds)
+            if self.count <= self.wild:
+                return found
+            return replace(found, samples={7: [(1.0, 0.5)]})
+
+    result = session(tmp_path, Wild(), trials=5, search="random").run()
+    assert result.tasks[0].failures == {"crash": 5}
+    messages = {t.message for t in Database(tmp_path).read().trials}
+    assert messages == {"", "Its samples are of other calls."}
+    broken = Wild()
+    broken.wild = 0
+    with pytest.raises(CompileError, match=r"default kernel of .* failed: Its samples are of"):
+        session(tmp_path / "other", broken, trials=5, search="random").run()
 
 
 def test_a_default_that_fails_is_said(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ import numpy.typing as npt
 from gqsa_compiler.compress.allocation.costs import LayerCosts
 from gqsa_compiler.compress.allocation.stored import stored_bytes, stored_groups
 from gqsa_compiler.compress.recipes.budget import Budget, allowed_sparsities, check_limits
-from gqsa_compiler.compress.recipes.recipe import LayerTarget
+from gqsa_compiler.compress.recipes.target import LayerTarget
 from gqsa_compiler.errors import ModelError, UsageError
 
 

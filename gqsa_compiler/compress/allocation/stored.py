@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from gqsa_compiler.checkpoint.bits import packed_size
 from gqsa_compiler.compress.counts import kept_groups
-from gqsa_compiler.compress.recipes.recipe import LayerTarget
+from gqsa_compiler.compress.recipes.target import LayerTarget
 
 POINTER_BYTES = 4
 """Of an entry of ``indptr``."""

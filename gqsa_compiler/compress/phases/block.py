@@ -26,9 +26,11 @@ from gqsa_compiler.compress.training.losses import mean_block_loss
 from gqsa_compiler.compress.work.reader import WorkReader
 from gqsa_compiler.compress.work.results import (
     BLOCK_STATE,
+    INPUT_RMS,
     Weights,
     block_state,
     from_tensors,
+    input_rms_tensors,
     to_tensors,
 )
 from gqsa_compiler.compress.work.runevents import Block
@@ -145,9 +147,8 @@ class BlockPhase:
                 )
                 before, after = trained.before, trained.after
             losses.append(before if after is None else after)
-            work.save(
-                block_state(BLOCK_STATE, index), to_tensors(state.weights), {"loss": losses[-1]}
-            )
+            tensors = to_tensors(state.weights) | input_rms_tensors(state.input_rms)
+            work.save(block_state(BLOCK_STATE, index), tensors, {"loss": losses[-1]})
             log.write(_event(state, index, count, before, after, time.monotonic() - began))
             outputs = state.outputs
             if outputs is one_shot.outputs:
@@ -177,6 +178,12 @@ def load_block(
         The state is damaged.
     """
     return from_tensors(_saved(work, stage, index)[0], paths, device)
+
+
+def load_input_rms(work: WorkReader, index: int, paths: list[str]) -> dict[str, Tensor]:
+    """Read how large the inputs of a block's layers are, float32 [K] by their paths."""
+    tensors = _saved(work, BLOCK_STATE, index)[0]
+    return {path: tensors[f"{path}/{INPUT_RMS}"] for path in paths}
 
 
 def evenly(tokens: Tensor, count: int) -> Tensor:

@@ -13,7 +13,8 @@ from torch import Tensor
 from gqsa_compiler.compress.allocation.allocate import Allocation, allocate, balance_model
 from gqsa_compiler.compress.allocation.sensitivity import measure
 from gqsa_compiler.compress.recipes.budget import MOST_SPARSITY
-from gqsa_compiler.compress.recipes.recipe import LayerTarget, Recipe
+from gqsa_compiler.compress.recipes.recipe import Recipe
+from gqsa_compiler.compress.recipes.target import LayerTarget
 from gqsa_compiler.compress.work.runevents import Phase
 from gqsa_compiler.compress.work.runlog import RunLog
 from gqsa_compiler.compress.work.workdir import WorkDirectory

@@ -10,10 +10,11 @@ from pathlib import Path
 
 from gqsa_compiler.checkpoint import CheckpointWriter
 from gqsa_compiler.compress.blocks import HEAD
-from gqsa_compiler.compress.phases.block import load_block
+from gqsa_compiler.compress.phases.block import load_block, load_input_rms
 from gqsa_compiler.compress.phases.head import load_head
 from gqsa_compiler.compress.phases.model import ModelPhase
-from gqsa_compiler.compress.recipes.recipe import LayerTarget, Recipe
+from gqsa_compiler.compress.recipes.recipe import Recipe
+from gqsa_compiler.compress.recipes.target import LayerTarget
 from gqsa_compiler.compress.report import REPORT_FILE
 from gqsa_compiler.compress.report.report_html import write_report
 from gqsa_compiler.compress.store import ModelStore, Written, model_config, quantization
@@ -98,7 +99,8 @@ class WritePhase:
             for index, paths in enumerate(self.paths):
                 progress(STAGE, index, len(self.paths))
                 name = f"{self.prefix}.{index}"
-                store.add_layers(name, load_block(work, stage, index, paths))
+                sizes = load_input_rms(work, index, paths)
+                store.add_layers(name, load_block(work, stage, index, paths), sizes)
                 skip |= {f"{name}.{path}.weight" for path in paths}
             if heads:
                 store.add_head(load_head(work, stage), tied=self.tied)

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
-from gqsa_compiler.compress.recipes.recipe import MAX_SPARSITY_PERCENT, LayerTarget
+from gqsa_compiler.compress.recipes.target import MAX_SPARSITY_PERCENT, LayerTarget
 from gqsa_compiler.errors import UsageError
 from gqsa_compiler.limits import BITS, GROUP_SIZES
 

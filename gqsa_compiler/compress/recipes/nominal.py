@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from gqsa_compiler.compress.recipes.recipe import LayerTarget, Recipe
+from gqsa_compiler.compress.recipes.recipe import Recipe
+from gqsa_compiler.compress.recipes.target import LayerTarget
 
 SCALE_BITS = 16
 """A group's scale, float16."""

@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
+from gqsa_compiler.compress.recipes.budget import Budget
 from gqsa_compiler.compress.recipes.checks import above_zero, number, one_of, whole
+from gqsa_compiler.compress.recipes.target import MAX_SPARSITY_PERCENT, LayerTarget
 from gqsa_compiler.errors import UsageError
 from gqsa_compiler.limits import BALANCES, BITS, GROUP_SIZES
-
-if TYPE_CHECKING:
-    from gqsa_compiler.compress.recipes.budget import Budget
-
-MAX_SPARSITY_PERCENT = 95
 
 MAX_RATE = 10.0
 """The largest learning rate that is not surely a slip."""
@@ -27,36 +24,6 @@ Solver = Literal["compensated", "rtn"]
 STRUCTURES: tuple[Structure, ...] = ("group", "2:4")
 SCORES: tuple[Score, ...] = ("fisher", "obs", "wanda", "magnitude")
 SOLVERS: tuple[Solver, ...] = ("compensated", "rtn")
-
-
-@dataclass(frozen=True)
-class LayerTarget:
-    """What one layer is asked to become.
-
-    Parameters
-    ----------
-    bits : int
-        Bits of a code: 2, 3, 4 or 8.
-    group_size : int
-        Consecutive input features of a group: a power of two, 8 to 256.
-    sparsity : float
-        Share of its groups to drop, 0 to 0.95.
-
-    Raises
-    ------
-    UsageError
-        A number is out of range.
-    """
-
-    bits: int
-    group_size: int
-    sparsity: float
-
-    def __post_init__(self) -> None:
-        """Check the numbers."""
-        one_of("bits", self.bits, BITS)
-        one_of("group_size", self.group_size, GROUP_SIZES)
-        number("sparsity", self.sparsity, 0, MAX_SPARSITY_PERCENT / 100)
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,8 @@ from gqsa_compiler.compress.blocks import (
     watch_inputs,
 )
 from gqsa_compiler.compress.gemm import linear
-from gqsa_compiler.compress.recipes.recipe import LayerTarget, Recipe
+from gqsa_compiler.compress.recipes.recipe import Recipe
+from gqsa_compiler.compress.recipes.target import LayerTarget
 from gqsa_compiler.compress.solver.grouped import GroupedWeight
 from gqsa_compiler.compress.solver.hessian import MomentAccumulator
 from gqsa_compiler.compress.solver.oneshot import compress_rows
@@ -49,6 +50,8 @@ class BlockState:
         The dense block's outputs on `dense_inputs`.
     outputs : list of float32 [B, T, H]
         The compressed block's outputs on `inputs`.
+    input_rms : dict of str to float32 [K]
+        How large each layer's inputs are beside each other, positive.
     """
 
     name: str
@@ -60,6 +63,7 @@ class BlockState:
     dense_inputs: list[Tensor]
     targets: list[Tensor]
     outputs: list[Tensor]
+    input_rms: dict[str, Tensor]
 
 
 @torch.no_grad()
@@ -105,12 +109,14 @@ def compress_block(
     with watch_inputs(dense, tuple(watched), lambda layer, x: watched[layer].append(x)):
         wanted = [run_block(dense, hidden, arguments) for hidden in dense_inputs]
     weights: dict[str, GroupedWeight] = {}
+    sizes: dict[str, Tensor] = {}
     final: list[Tensor] = []
 
-    def compress(members: tuple[str, ...], moments: MomentAccumulator) -> None:
+    def compress(members: tuple[str, ...], accumulated: MomentAccumulator) -> None:
+        moments = accumulated.finish(f"{name}.{members[0]}")
         done = compress_rows(
             [layers[member].weight for member in members],
-            moments.finish(f"{name}.{members[0]}"),
+            moments,
             [targets[member] for member in members],
             recipe,
             [f"{name}.{member}" for member in members],
@@ -119,6 +125,7 @@ def compress_block(
         for member, weight in zip(members, done, strict=True):
             layers[member].weight.copy_(weight.decode())
             weights[member] = weight
+            sizes[member] = moments.input_rms()
 
     def about_to_run(leader: str, seen: Tensor) -> None:
         members = leaders[leader]
@@ -149,7 +156,9 @@ def compress_block(
         change = layer.weight - before
         for part, have in zip(parts, outputs, strict=True):
             have += linear(part, change).reshape(have.shape)
-    return BlockState(name, dense, block, weights, arguments, inputs, dense_inputs, wanted, outputs)
+    return BlockState(
+        name, dense, block, weights, arguments, inputs, dense_inputs, wanted, outputs, sizes
+    )
 
 
 def _split(tensor: Tensor, batches: list[Tensor]) -> list[Tensor]:

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from gqsa_compiler.compress.gemm import linear
-from gqsa_compiler.compress.recipes.recipe import LayerTarget, Recipe
+from gqsa_compiler.compress.recipes.recipe import Recipe
+from gqsa_compiler.compress.recipes.target import LayerTarget
 from gqsa_compiler.compress.solver.grouped import GroupedWeight
 from gqsa_compiler.compress.solver.hessian import inverse
 from gqsa_compiler.compress.solver.importance import Scorer, choose_mask, group_blocks

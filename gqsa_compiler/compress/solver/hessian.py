@@ -42,6 +42,10 @@ class Moments:
     drift: Tensor | None = None
     missing: Tensor | None = None
 
+    def input_rms(self) -> Tensor:
+        """Return the root mean square of each input, float32 [K]; the damping makes it positive."""
+        return self.hessian.diagonal().sqrt().float()
+
     def target(self, weight: Tensor) -> Tensor:
         """Return B, float32 [N, K]: the best weights w solve ``w H = B``.
 

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from gqsa_compiler.compress.recipes.recipe import LayerTarget, Recipe
+from gqsa_compiler.compress.recipes.recipe import Recipe
+from gqsa_compiler.compress.recipes.target import LayerTarget
 from gqsa_compiler.compress.solver.compensate import Curvature, compensate
 from gqsa_compiler.compress.solver.grouped import GroupedWeight
 from gqsa_compiler.compress.solver.hessian import Moments

@@ -11,6 +11,9 @@ from gqsa_compiler.compress.solver.grouped import GroupedWeight
 
 Weights = dict[str, GroupedWeight]
 
+INPUT_RMS = "input_rms"
+"""The part of a state that `input_rms_tensors` adds."""
+
 BLOCK_STATE = "block"
 """What states of blocks are named after: the one shot, and stage one if the recipe has it."""
 
@@ -45,6 +48,11 @@ def from_tensors(
             None if elements is None else elements.to(device),
         )
     return weights
+
+
+def input_rms_tensors(sizes: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Name what is known of the layers' inputs, beside what `to_tensors` names."""
+    return {f"{path}/{INPUT_RMS}": size.cpu() for path, size in sizes.items()}
 
 
 def block_state(stage: str, index: int) -> str:

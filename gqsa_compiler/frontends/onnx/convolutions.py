@@ -25,6 +25,8 @@ def convolution(builder: Builder, node: Node) -> Value:
     strides, pads, dilations = _window(node, spatial)
     groups = int(node.attributes.get("group", 1))
     kernel = list(weight.shape[2:])
+    if not isinstance(builder.shape(x)[1], int):
+        x = builder.fit(x, {1: weight.shape[1] * groups})
     bias = node.array(2, "bias")
     patches = groups == 1 and kernel == strides and not any(pads) and set(dilations) == {1}
     sizes = builder.shape(x)[2:]
@@ -102,11 +104,12 @@ def pool(builder: Builder, node: Node) -> Value:
     kernel = node.attributes["kernel_shape"]
     if len(kernel) != 2:
         raise ModelError(f"{node.where}: only pooling over two axes is supported.")
-    strides, pads, _ = _window(node, 2)
+    strides, pads, dilations = _window(node, 2)
     arguments: dict[str, Any] = {
         "pool_size": tuple(kernel),
         "strides": tuple(strides),
         "padding": tuple(pads),
+        "dilation": tuple(dilations),
         "ceil_mode": bool(node.attributes.get("ceil_mode", 0)),
     }
     if node.op == "MaxPool":

@@ -25,6 +25,12 @@ def _hard_sigmoid(x: Expr, slope: float, shift: float) -> Expr:
     return op.clip(line, 0.0, 1.0)
 
 
+def _softplus(x: Expr) -> Expr:
+    """Emit log(1 + exp(x)), of which exp alone overflows where the result does not."""
+    rest = op.log(op.add(op.exp(op.negative(op.abs(x))), _const(1, x)))
+    return op.add(op.maximum(x, _const(0, x)), rest)
+
+
 UNARY: Mapping[str, Callable[[Expr], Expr]] = {
     "Abs": op.abs,
     "Ceil": op.ceil,
@@ -34,10 +40,9 @@ UNARY: Mapping[str, Callable[[Expr], Expr]] = {
     "Floor": op.floor,
     "HardSwish": lambda x: op.multiply(x, _hard_sigmoid(x, 1 / 6, 0.5)),
     "Identity": lambda x: x,
-    "IsInf": op.isinf,
     "IsNaN": op.isnan,
     "Log": op.log,
-    "Mish": lambda x: op.multiply(x, op.tanh(op.log(op.add(op.exp(x), _const(1, x))))),
+    "Mish": lambda x: op.multiply(x, op.tanh(_softplus(x))),
     "Neg": op.negative,
     "Not": op.logical_not,
     "Reciprocal": lambda x: op.divide(_const(1, x), x),
@@ -46,7 +51,7 @@ UNARY: Mapping[str, Callable[[Expr], Expr]] = {
     "Sigmoid": op.sigmoid,
     "Sign": op.sign,
     "Sin": op.sin,
-    "Softplus": lambda x: op.log(op.add(op.exp(x), _const(1, x))),
+    "Softplus": lambda x: _softplus(x),
     "Sqrt": op.sqrt,
     "Tanh": op.tanh,
 }
@@ -62,7 +67,6 @@ BINARY: Mapping[str, Callable[[Expr, Expr], Expr]] = {
     "LessOrEqual": op.less_equal,
     "Mul": op.multiply,
     "Or": op.logical_or,
-    "Pow": op.power,
     "Sub": op.subtract,
     "Xor": op.logical_xor,
 }
@@ -82,24 +86,79 @@ def unary(builder: Builder, node: Node) -> Value:
 def binary(builder: Builder, node: Node) -> Value:
     """Import an operator of two tensors that broadcast."""
     one, other = _operands(builder, node)
-    if node.op == "Pow" and builder.dtype(other) != builder.dtype(one):
-        other = builder.emit(op.astype(other, builder.dtype(one)), node)
     return builder.elementwise(BINARY[node.op], node, one, other)
+
+
+def power(builder: Builder, node: Node) -> Value:
+    """Import a power of floats."""
+    one, other = _operands(builder, node)
+    if "float" not in builder.dtype(one):
+        raise ModelError(f"{node.where}: powers of {builder.dtype(one)} are not supported.")
+    if builder.dtype(other) != builder.dtype(one):
+        other = builder.emit(op.astype(other, builder.dtype(one)), node)
+    return builder.elementwise(op.power, node, one, other)
+
+
+def is_infinite(builder: Builder, node: Node) -> Value:
+    """Import a search for infinities of one sign or of both."""
+    x = builder.expr(node.inputs[0], node.names[0])
+    signs = [
+        sign
+        for sign, name in ((1, "detect_positive"), (-1, "detect_negative"))
+        if node.attributes.get(name, 1)
+    ]
+    if len(signs) == 2:
+        return builder.elementwise(op.isinf, node, x)
+    end = signs[0] * np.inf if signs else np.nan  # what nothing equals
+    return builder.elementwise(lambda value: op.equal(value, _const(end, value)), node, x)
 
 
 def divide(builder: Builder, node: Node) -> Value:
     """Import a division; of integers it cuts towards zero, as in C."""
     one, other = _operands(builder, node)
-    whole = "int" in builder.dtype(one)
-    return builder.elementwise(op.floor_divide if whole else op.divide, node, one, other)
+    dtype, traps = builder.dtype(one), _traps(node)
+
+    def whole(one: Expr, other: Expr) -> Expr:
+        divisor = _nonzero(other) if traps else other
+        quotient = op.floor_divide(one, divisor)
+        if dtype.startswith("u"):
+            return quotient
+        zero = _const(0, one)
+        rest = op.not_equal(op.subtract(one, op.multiply(quotient, divisor)), zero)
+        up = op.logical_and(rest, op.less(quotient, zero))
+        quotient = op.add(quotient, op.astype(up, dtype))
+        if not traps:
+            return quotient
+        return op.where(op.equal(other, _const(-1, other)), op.negative(quotient), quotient)
+
+    return builder.elementwise(whole if "int" in dtype else op.divide, node, one, other)
 
 
 def modulo(builder: Builder, node: Node) -> Value:
-    """Import a remainder of integers with the divisor's sign."""
-    if node.attributes.get("fmod", 0):
-        raise ModelError(f"{node.where}: only the remainder of integers is supported (fmod = 0).")
+    """Import a remainder with the divisor's sign, or with ``fmod`` with that of what is divided."""
     one, other = _operands(builder, node)
-    return builder.elementwise(op.floor_mod, node, one, other)
+    traps = "int" in builder.dtype(one) and _traps(node)
+    remainder = op.mod if node.attributes.get("fmod", 0) else op.floor_mod
+    return builder.elementwise(
+        lambda one, other: remainder(one, _nonzero(other) if traps else other), node, one, other
+    )
+
+
+def _traps(node: Node) -> bool:
+    """Whether a division may end the process: ONNX leaves that by 0 open, and a CPU traps.
+
+    It also does where the smallest number is divided by -1.
+    """
+    known = node.inputs[1]
+    return not (isinstance(known, np.ndarray) and known.all() and (known != -1).all())
+
+
+def _nonzero(divisor: Expr) -> Expr:
+    """Emit divisors with 1 for each 0 and each -1."""
+    traps = op.equal(divisor, _const(0, divisor))
+    if not str(divisor.ty.dtype).startswith("u"):
+        traps = op.logical_or(traps, op.equal(divisor, _const(-1, divisor)))
+    return op.where(traps, _const(1, divisor), divisor)
 
 
 def variadic(builder: Builder, node: Node) -> Value:
@@ -109,6 +168,14 @@ def variadic(builder: Builder, node: Node) -> Value:
     ]
     combine = VARIADIC[node.op]
     return reduce(lambda a, b: builder.elementwise(combine, node, a, b), operands)
+
+
+def dropout(builder: Builder, node: Node) -> Value:
+    """Import a dropout: outside training nothing is dropped."""
+    training = node.array(2, "training_mode")
+    if training is not None and training.any():
+        raise ModelError(f"{node.where}: training_mode is set; export the model for inference.")
+    return builder.expr(node.inputs[0], node.names[0])
 
 
 def where(builder: Builder, node: Node) -> Value:
@@ -136,10 +203,9 @@ def clip(builder: Builder, node: Node) -> Value:
     low, high = ends
 
     def clamp(value: Expr) -> Expr:
-        least, most = _const(low, value), _const(high, value)
-        if low != -np.inf:
-            value = op.maximum(value, least)
-        return value if high == np.inf else op.minimum(value, most)
+        least, most = (_const(end, value) if np.isfinite(end) else None for end in (low, high))
+        value = value if least is None else op.maximum(value, least)
+        return value if most is None else op.minimum(value, most)
 
     return builder.elementwise(clamp, node, x)
 
@@ -219,7 +285,8 @@ def _scheme(node: Node) -> tuple[float, int, str]:
         raise ModelError(
             f"{node.where}: activations need one scale and zero point for the whole tensor."
         )
-    dtype = "uint8" if zero is None else str(zero.dtype)
+    said = int(node.attributes.get("output_dtype", 0)) or TensorProto.UINT8
+    dtype = tensor_dtype(said, node.where) if zero is None else str(zero.dtype)
     if dtype not in ("int8", "uint8"):
         raise ModelError(f"{node.where}: activations of {dtype} are not supported, only 8 bits.")
     return float(scale.reshape(())), 0 if zero is None else int(zero.reshape(())), dtype

@@ -7,7 +7,8 @@ graph whose shapes depend on values.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,11 +16,11 @@ from typing import Any
 import numpy as np
 from onnx import AttributeProto, ModelProto, NodeProto, ValueInfoProto, helper, numpy_helper
 
-from gqsa_compiler._tvm import relax, tvm
+from gqsa_compiler._tvm import end_block, relax, tvm
 from gqsa_compiler.errors import GqsaError, ModelError, UsageError
 from gqsa_compiler.frontends.onnx import convolutions, elementwise, layers, sizes, tensors
 from gqsa_compiler.frontends.onnx.elementwise import tensor_dtype
-from gqsa_compiler.frontends.onnx.evaluator import evaluator
+from gqsa_compiler.frontends.onnx.evaluator import fold
 from gqsa_compiler.frontends.onnx.file import load_model, opset, read_tensor
 from gqsa_compiler.frontends.onnx.importer import Builder, GraphParameter
 from gqsa_compiler.frontends.onnx.sparse_op import DOMAIN
@@ -28,7 +29,6 @@ from gqsa_compiler.frontends.onnx.values import Array, Node, Sizes, Value
 FUNCTION = "main"
 MAX_SIZE = 4096
 """Largest value of a size that varies, unless another is given."""
-_MOST_FOLDED = 1 << 28  # bytes of a constant that may be computed while importing
 
 Op = Callable[[Builder, Node], Value]
 
@@ -47,7 +47,7 @@ OPERATORS: Mapping[tuple[str, str], Op] = {
     ("", "CumSum"): layers.cumsum,
     ("", "DequantizeLinear"): elementwise.dequantize,
     ("", "Div"): elementwise.divide,
-    ("", "Dropout"): elementwise.unary,
+    ("", "Dropout"): elementwise.dropout,
     ("", "Elu"): elementwise.elu,
     ("", "Expand"): tensors.expand,
     ("", "Flatten"): tensors.flatten,
@@ -58,6 +58,7 @@ OPERATORS: Mapping[tuple[str, str], Op] = {
     ("", "Gemm"): layers.gemm,
     ("", "GlobalAveragePool"): convolutions.global_pool,
     ("", "HardSigmoid"): elementwise.hard_sigmoid,
+    ("", "IsInf"): elementwise.is_infinite,
     ("", "LayerNormalization"): layers.layer_norm,
     ("", "LeakyRelu"): elementwise.leaky_relu,
     ("", "LogSoftmax"): layers.softmax,
@@ -65,6 +66,7 @@ OPERATORS: Mapping[tuple[str, str], Op] = {
     ("", "MaxPool"): convolutions.pool,
     ("", "Mod"): elementwise.modulo,
     ("", "Pad"): tensors.pad,
+    ("", "Pow"): elementwise.power,
     ("", "QuantizeLinear"): elementwise.quantize,
     ("", "RMSNormalization"): layers.rms_norm,
     ("", "Range"): tensors.range_,
@@ -122,6 +124,8 @@ class ImportedGraph:
         In the function's order.
     bounds : dict of str to (int, int)
         Smallest and largest value of each size that varies.
+    fixed : dict of str to int
+        Sizes that vary in the file and not here.
     dense : tuple of (str, str)
         Layers of another quantiser that had to be decoded, and why.
     """
@@ -131,6 +135,7 @@ class ImportedGraph:
     outputs: tuple[GraphTensor, ...]
     parameters: tuple[GraphParameter, ...]
     bounds: dict[str, tuple[int, int]]
+    fixed: dict[str, int]
     dense: tuple[tuple[str, str], ...]
 
 
@@ -172,14 +177,16 @@ class _Import:
         self.model, self.folder, self.version = model, folder, opset(model)
         initial = {tensor.name for tensor in model.graph.initializer}
         self.given = [item for item in model.graph.input if item.name not in initial]
+        if not self.given:
+            raise ModelError("The ONNX graph has no inputs; there is nothing to run.")
         self.fixed: dict[str, int] = {}
+        self.called: dict[str | tuple[str, int], str] = {}
         self.builder = Builder(relax.BlockBuilder(), self._bounds(shapes))
         self.values: dict[str, Value] = {"": None}
         self.turned: dict[int, tuple[str, Array]] = {}
-        self.uses: dict[str, int] = {}
 
     def _bounds(self, shapes: dict[str, int | tuple[int, int]]) -> dict[str, tuple[int, int]]:
-        names = {size for item in self.given for size in _sizes(item) if isinstance(size, str)}
+        names = {size for item in self.given for size in self._sizes(item) if isinstance(size, str)}
         unknown = sorted(shapes.keys() - names)
         if unknown:
             raise UsageError(
@@ -208,14 +215,14 @@ class _Import:
             raise ModelError("ONNX sparse initializers are not supported.")
         block = builder.block
         with block.function(FUNCTION, attrs={"num_input": len(inputs)}):
-            with block.dataflow():
-                for number, proto in enumerate(graph.node):
-                    self._node(proto, number)
-                results = [
-                    builder.expr(self._value(item.name, "the outputs"), item.name)
-                    for item in graph.output
-                ]
-                outputs = [block.emit_output(result) for result in results]
+            try:
+                with block.dataflow():
+                    for number, proto in enumerate(graph.node):
+                        self._node(proto, number)
+                    outputs = [self._output(item.name) for item in graph.output]
+            except BaseException:
+                end_block(block)
+                raise
             whole = outputs[0] if len(outputs) == 1 else relax.Tuple(outputs)
             parameters = tuple(builder.parameters.values())
             block.emit_func_output(whole, [*inputs, *(item.var for item in parameters)])
@@ -230,18 +237,34 @@ class _Import:
             ),
             parameters,
             dict(builder.bounds),
+            dict(self.fixed),
             tuple(builder.dense),
         )
 
     def _input(self, item: ValueInfoProto) -> Any:
         dims = [
             self.fixed.get(size) or self.builder.dim(size) if isinstance(size, str) else size
-            for size in _sizes(item)
+            for size in self._sizes(item)
         ]
-        dtype = tensor_dtype(item.type.tensor_type.elem_type, f"ONNX input {item.name!r}")
+        where = f"ONNX input {item.name!r}"
+        dtype = tensor_dtype(item.type.tensor_type.elem_type, where)
+        if dtype == "bfloat16":
+            raise ModelError(f"{where} is bfloat16, which numpy has no arrays of; cast it inside.")
+        if item.name in self.values:
+            raise ModelError(f"{where} is listed twice, or has no name.")
         var = relax.Var(_plain(item.name), relax.TensorType(dims, dtype))
         self.values[item.name] = var
         return var
+
+    def _output(self, name: str) -> Any:
+        """Emit an output."""
+        where = f"ONNX output {name!r}"
+        with _told(where):
+            value = self.builder.expr(self._value(name, "the outputs"), name)
+            result = self.builder.block.emit_output(value)
+        if self.builder.dtype(result) == "bfloat16":
+            raise ModelError(f"{where} is bfloat16, which numpy has no arrays of; cast it inside.")
+        return result
 
     def _described(self, name: str, var: Any) -> GraphTensor:
         shape = tuple(
@@ -255,15 +278,23 @@ class _Import:
         return self.values[name]
 
     def _node(self, proto: NodeProto, number: int) -> None:
+        # protobuf gives bytes for what is no UTF-8
+        if not str(proto.op_type).isidentifier():
+            raise ModelError(f"ONNX node {number} names the operator {proto.op_type!r}.")
         name = proto.name or f"{proto.op_type}_{number}"
         domain = "" if proto.domain == "ai.onnx" else proto.domain
-        attributes = {item.name: _attribute(item, name) for item in proto.attribute}
         inputs = tuple(self._value(item, f"node {name!r}") for item in proto.input)
         names = tuple(map(self._origin, proto.input, inputs))
-        node = Node(name, proto.op_type, inputs, names, attributes, len(proto.output))
-        result = self._compute(node, domain, proto)
+        with _told(f"ONNX node {name!r} ({proto.op_type})"):
+            attributes = {item.name: _attribute(item, name) for item in proto.attribute}
+            node = Node(name, proto.op_type, inputs, names, attributes, len(proto.output))
+            result = self._compute(node, domain, proto)
         results = result if isinstance(result, tuple) else (result,)
         for output, value in zip(proto.output, results, strict=False):
+            if not output:
+                continue
+            if output in self.values:
+                raise ModelError(f"{node.where} computes {output!r}, which is there already.")
             self.values[output] = value
             if node.op == "Transpose" and isinstance(value, np.ndarray):
                 self.turned[id(value)] = (names[0], value)
@@ -281,7 +312,10 @@ class _Import:
         function = OPERATORS.get((domain, node.op))
         constant = all(value is None or isinstance(value, np.ndarray) for value in node.inputs)
         if domain == "" and constant and node.inputs and node.outputs == 1:
-            return self._fold(node, proto)
+            if node.op == "Transpose":
+                return np.transpose(np.asanyarray(node.inputs[0]), node.attributes.get("perm"))
+            arrays = dict(zip(proto.input, node.inputs, strict=True))
+            return fold(proto, node.where, arrays, self.version)
         if domain == "":
             known = sizes.compute(self.builder, node)
             if known is not None:
@@ -291,55 +325,47 @@ class _Import:
                 f"{node.where}: the operator {domain + '::' if domain else ''}{node.op} is not "
                 "supported (docs/modules.md lists those that are)."
             )
-        try:
-            return function(self.builder, node)
-        except GqsaError:
-            raise
-        except (
-            tvm.error.InternalError, AssertionError, ValueError, TypeError, IndexError, KeyError,
-        ) as error:  # fmt: skip
-            text = str(error).strip().splitlines()
-            raise ModelError(
-                f"{node.where} cannot be imported: {text[-1] if text else type(error).__name__}."
-            ) from error
+        return function(self.builder, node)
 
-    def _fold(self, node: Node, proto: NodeProto) -> Value:
-        """Compute an operator of constants."""
-        if node.op == "Transpose":
-            return np.transpose(np.asanyarray(node.inputs[0]), node.attributes.get("perm"))
-        names = list(dict.fromkeys(name for name in proto.input if name))
-        size = sum(self.values[name].nbytes for name in names)
-        if size > _MOST_FOLDED:
-            raise ModelError(f"{node.where}: a constant of {size} bytes is too large to compute.")
-        graph = helper.make_graph(
-            [proto],
-            "fold",
-            [helper.make_tensor_value_info(name, 0, None) for name in names],
-            [helper.make_tensor_value_info(proto.output[0], 0, None)],
-        )
-        versions = [helper.make_opsetid("", self.version)]
-        model = helper.make_model(graph, opset_imports=versions)
-        try:
-            feeds = {name: np.asarray(self.values[name]) for name in names}
-            (result,) = evaluator(model).run(None, feeds)
-        except Exception as error:  # whatever a damaged graph makes of the evaluator
-            raise ModelError(f"{node.where} cannot be computed: {error}.") from error
-        return np.asarray(result)
+    def _sizes(self, item: ValueInfoProto) -> list[int | str]:
+        """List an input's sizes; one that varies by its name."""
+        if not item.type.HasField("tensor_type") or not item.type.tensor_type.HasField("shape"):
+            raise ModelError(f"ONNX input {item.name!r} is no tensor of known rank.")
+        found: list[int | str] = []
+        for axis, dim in enumerate(item.type.tensor_type.shape.dim):
+            if dim.HasField("dim_value"):
+                if dim.dim_value < 1:
+                    raise ModelError(f"ONNX input {item.name!r} has a size of {dim.dim_value}.")
+                found.append(int(dim.dim_value))
+            else:
+                found.append(self._size_name(dim.dim_param or (item.name, axis)))
+        return found
+
+    def _size_name(self, said: str | tuple[str, int]) -> str:
+        """Name a size: as the file does, or after an input and its axis; apart from all others."""
+        if said not in self.called:
+            name = _plain(said if isinstance(said, str) else f"{said[0]}_{said[1]}")
+            while name in self.called.values():
+                name += "_"
+            self.called[said] = name
+        return self.called[said]
 
 
-def _sizes(item: ValueInfoProto) -> list[int | str]:
-    """List an input's sizes; one that varies by its name."""
-    if not item.type.HasField("tensor_type") or not item.type.tensor_type.HasField("shape"):
-        raise ModelError(f"ONNX input {item.name!r} is no tensor of known rank.")
-    found: list[int | str] = []
-    for axis, dim in enumerate(item.type.tensor_type.shape.dim):
-        if dim.HasField("dim_value"):
-            if dim.dim_value < 1:
-                raise ModelError(f"ONNX input {item.name!r} has a size of {dim.dim_value}.")
-            found.append(int(dim.dim_value))
-        else:
-            found.append(_plain(dim.dim_param or f"{item.name}_{axis}"))
-    return found
+@contextmanager
+def _told(where: str) -> Iterator[None]:
+    """Say where in the graph it was that TVM, numpy or onnx refused something."""
+    try:
+        yield
+    except GqsaError:
+        raise
+    except (
+        tvm.error.InternalError, AssertionError, ArithmeticError, AttributeError, LookupError,
+        MemoryError, RuntimeError, TypeError, ValueError,
+    ) as error:  # fmt: skip
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        reason = lines[-1].rstrip(".")[:200] if lines else type(error).__name__
+        lacks = "it lacks " if isinstance(error, KeyError) else ""
+        raise ModelError(f"{where} cannot be imported: {lacks}{reason}.") from error
 
 
 def _plain(name: str) -> str:

@@ -177,6 +177,21 @@ class Builder:
             )
         )
 
+    def fit(self, value: Expr, axes: Mapping[int, Dim]) -> Expr:
+        """Return a tensor whose axes have certain sizes; the module stops where they have not.
+
+        TVM takes sizes that it cannot compare for equal, and reads beyond the smaller tensor.
+        """
+        wanted = list(self.shape(value))
+        for axis, size in axes.items():
+            wanted[axis] = size
+        if all(map(self.equal, self.shape(value), wanted)):
+            return value
+        # A mere name would be another name of the size that is there, and nothing checked.
+        asked = [tirx.max(size, 1) if isinstance(size, tirx.Var) else size for size in wanted]
+        cast = self.block.match_cast(value, relax.TensorType(asked, self.dtype(value)))
+        return self.emit(relax.op.reshape(cast, relax.ShapeExpr(wanted)))
+
     def rows(self, value: Expr) -> Expr:
         """Return a tensor as a matrix [m, K] of its last axis."""
         shape = self.shape(value)
@@ -204,6 +219,9 @@ class Builder:
         if len(shape) == 1:
             x, shape = self.emit(relax.op.reshape(x, (1, shape[0]))), (1, *shape)
             return self.emit(relax.op.reshape(self.linear(x, weight, bias), (-1,)))
+        columns = self.shape(weight)[1]
+        if not isinstance(shape[-1], int):
+            x = self.fit(x, {-1: columns})
         turned = self.emit(relax.op.permute_dims(weight, [1, 0]))
         result = self.emit(relax.op.matmul(self.rows(x), turned, out_dtype="float32"))
         if bias is not None:

@@ -27,8 +27,20 @@ def matmul(builder: Builder, node: Node) -> Value:
     x, weight = builder.expr(node.inputs[0], node.names[0]), node.inputs[1]
     if isinstance(weight, np.ndarray) and weight.ndim == 2 and builder.dtype(x) == "float32":
         return builder.linear(x, builder.parameter(node.names[1], np.ascontiguousarray(weight.T)))
-    other = builder.expr(weight, node.names[1])
-    return builder.emit(op.matmul(x, other, out_dtype=builder.dtype(x)), node)
+    return _product(builder, node, x, builder.expr(weight, node.names[1]))
+
+
+def _product(builder: Builder, node: Node, x: Expr, other: Expr) -> Expr:
+    """Emit a product of matrices that share their inner size; 16-bit floats are added up in 32."""
+    dtype, axis = builder.dtype(x), -1 if len(builder.shape(other)) == 1 else -2
+    mine, its = builder.shape(x)[-1], builder.shape(other)[axis]
+    if not isinstance(mine, int):
+        x = builder.fit(x, {-1: its})
+    elif not isinstance(its, int):
+        other = builder.fit(other, {axis: mine})
+    wide = "float32" if dtype in ("float16", "bfloat16") else dtype
+    result = builder.emit(op.matmul(x, other, out_dtype=wide), node)
+    return result if wide == dtype else builder.emit(op.astype(result, dtype))
 
 
 def gemm(builder: Builder, node: Node) -> Value:
@@ -36,12 +48,15 @@ def gemm(builder: Builder, node: Node) -> Value:
     get = node.attributes.get
     alpha, beta = float(get("alpha", 1.0)), float(get("beta", 1.0))
     x, weight, bias = builder.expr(node.inputs[0], node.names[0]), node.inputs[1], node.input(2)
+    if "float" not in builder.dtype(x) and (alpha, beta) != (1.0, 1.0):
+        raise ModelError(f"{node.where}: integers are not scaled (alpha, beta).")
     if get("transA", 0):
         x = builder.emit(op.permute_dims(x, [1, 0]))
     if isinstance(weight, np.ndarray) and alpha == 1.0 and builder.dtype(x) == "float32":
         matrix = np.ascontiguousarray(weight if get("transB", 0) else weight.T)
         parameter = builder.parameter(node.names[1], matrix)
-        vector = isinstance(bias, np.ndarray) and bias.size == len(matrix)
+        rows = len(matrix)
+        vector = isinstance(bias, np.ndarray) and bias.shape in ((rows,), (1, rows))
         if isinstance(bias, np.ndarray) and vector:
             scaled = bias.reshape(-1) * np.float32(beta)
             name = node.names[2] if beta == 1.0 else f"{node.names[2]}.scaled"
@@ -51,14 +66,14 @@ def gemm(builder: Builder, node: Node) -> Value:
         other = builder.expr(weight, node.names[1])
         if get("transB", 0):
             other = builder.emit(op.permute_dims(other, [1, 0]))
-        result = builder.emit(op.matmul(x, other, out_dtype="float32"), node)
+        result = _product(builder, node, x, other)
         if alpha != 1.0:
-            result = builder.emit(op.multiply(result, relax.const(alpha, "float32")))
+            result = builder.emit(op.multiply(result, relax.const(alpha, builder.dtype(x))))
     if bias is None:
         return result
     extra = builder.expr(bias, node.names[2])
     if beta != 1.0:
-        extra = builder.emit(op.multiply(extra, relax.const(beta, "float32")))
+        extra = builder.emit(op.multiply(extra, relax.const(beta, builder.dtype(x))))
     return builder.emit(op.add(result, extra), node)
 
 
@@ -186,17 +201,24 @@ _REDUCTIONS: Mapping[str, Callable[..., Expr]] = {
 def reduce(builder: Builder, node: Node) -> Value:
     """Import a reduction over axes."""
     x = builder.expr(node.inputs[0], node.names[0])
-    keep, axes = bool(node.attributes.get("keepdims", 1)), node.axes(1)
-    if axes is None and node.attributes.get("noop_with_empty_axes", 0):
-        return x
+    keep, axes = bool(node.attributes.get("keepdims", 1)), node.axes(1) or None
+    if builder.dtype(x) == "bool":
+        raise ModelError(f"{node.where}: reductions of truth values are not supported.")
+    nothing = axes is None and bool(node.attributes.get("noop_with_empty_axes", 0))
     if node.op in ("ReduceL2", "ReduceSumSquare"):
-        total = builder.emit(op.sum(builder.emit(op.multiply(x, x)), axis=axes, keepdims=keep))
+        total = builder.emit(op.multiply(x, x))
+        if not nothing:
+            total = builder.emit(op.sum(total, axis=axes, keepdims=keep), node)
         return builder.emit(op.sqrt(total)) if node.op == "ReduceL2" else total
+    if nothing:
+        return x
     return builder.emit(_REDUCTIONS[node.op](x, axis=axes, keepdims=keep), node)
 
 
 def argmax(builder: Builder, node: Node) -> Value:
     """Import the place of the largest value."""
+    if node.attributes.get("select_last_index", 0):
+        raise ModelError(f"{node.where}: only the first of several largest values is found.")
     x = builder.expr(node.inputs[0], node.names[0])
     axis, keep = int(node.attributes.get("axis", 0)), bool(node.attributes.get("keepdims", 1))
     return builder.emit(op.argmax(x, axis=axis, keepdims=keep), node)
@@ -204,15 +226,18 @@ def argmax(builder: Builder, node: Node) -> Value:
 
 def cumsum(builder: Builder, node: Node) -> Value:
     """Import a running sum."""
-    if node.attributes.get("exclusive", 0) or node.attributes.get("reverse", 0):
-        raise ModelError(f"{node.where}: only plain running sums are supported.")
+    if node.attributes.get("reverse", 0):
+        raise ModelError(f"{node.where}: running sums from the end are not supported.")
     x, axis = builder.expr(node.inputs[0], node.names[0]), node.array(1, "axis")
     assert axis is not None
-    return builder.emit(op.cumsum(x, axis=int(axis.reshape(-1)[0])), node)
+    strict = bool(node.attributes.get("exclusive", 0))
+    return builder.emit(op.cumsum(x, axis=int(axis.reshape(-1)[0]), exclusive=strict), node)
 
 
 def batch_norm(builder: Builder, node: Node) -> Value:
     """Import a batch norm of inference: a scale and a shift for each channel."""
+    if node.attributes.get("training_mode", 0):
+        raise ModelError(f"{node.where}: training_mode is set; export the model for inference.")
     x = builder.expr(node.inputs[0], node.names[0])
     parts = [node.array(index, "statistics") for index in range(1, 5)]
     scale, shift, mean, variance = (np.asarray(part, np.float64) for part in parts)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -63,11 +64,17 @@ def _div(one: Dim, other: Dim) -> Dim:
     return tirx.floordiv(_prim(one), _prim(other))
 
 
-def _view(builder: Builder, x: Expr, new: list[Dim]) -> Expr:
+def _view(builder: Builder, x: Expr, new: Sequence[Dim]) -> Expr:
+    """Emit a tensor in another shape."""
     old = builder.shape(x)
     if len(old) == len(new) and all(map(builder.equal, old, new)):
         return x
-    if len(new) > 2 and len(old) >= 2 and builder.equal(old[-1], new[-1]):
+    count, wanted = _count(builder, old), _count(builder, new)
+    if not builder.equal(count, wanted):
+        # It does not hold for all sizes; where it does not the module has to stop.
+        flat = builder.emit(op.reshape(x, relax.ShapeExpr([count])))
+        x = builder.fit(flat, {0: wanted})
+    elif len(new) > 2 and len(old) >= 2 and builder.equal(old[-1], new[-1]):
         rows = builder.rows(x)  # the same rows, so that what follows can go on with them
         return builder.from_rows(rows, new[:-1])
     return builder.emit(op.reshape(x, relax.ShapeExpr(new)))
@@ -102,6 +109,9 @@ def expand(builder: Builder, node: Node) -> Value:
     ]
     if len(old) == rank and all(map(builder.equal, old, new)):
         return x
+    first = rank - len(old)
+    varying = {axis: new[first + axis] for axis, size in enumerate(old) if not _ints(size)}
+    x = builder.fit(x, varying)
     return builder.emit(op.broadcast_to(x, relax.ShapeExpr(new)), node)
 
 
@@ -178,6 +188,7 @@ def _cut(builder: Builder, node: Node, x: Expr, axis: int, start: Dim, end: Dim,
         places = np.arange(length)[slice(_python(start), _python(end), step)]
         return builder.emit(op.take(x, relax.const(places, "int64"), axis=axis), node)
     start, end = (_bound(builder, value, length) for value in (start, end))
+    end = _at_least(builder, end, start)
     if builder.equal(start, 0) and builder.equal(end, length):
         return x
     count = builder.simple(end - start) if not _ints(start, end) else max(0, end - start)
@@ -203,9 +214,17 @@ def _bound(builder: Builder, value: Dim, length: Dim) -> Dim:
         value = 0 if value <= -_END else builder.simple(length + value)
     if _ints(value, length):
         return min(max(value, 0), length)
-    if builder.proves(_prim(value) <= length):
+    if not builder.proves(_prim(value) <= length):
+        value = builder.simple(tirx.min(_prim(value), _prim(length)))
+    return _at_least(builder, value, 0)
+
+
+def _at_least(builder: Builder, value: Dim, least: Dim) -> Dim:
+    if _ints(value, least):
+        return max(value, least)
+    if builder.proves(_prim(value) >= _prim(least)):
         return value
-    return builder.simple(tirx.min(_prim(value), _prim(length)))
+    return builder.simple(tirx.max(_prim(value), _prim(least)))
 
 
 def gather(builder: Builder, node: Node) -> Value:
@@ -215,9 +234,13 @@ def gather(builder: Builder, node: Node) -> Value:
     places = node.inputs[1]
     if isinstance(places, np.ndarray) and places.ndim == 0:
         sizes = list(builder.shape(data))
-        at = int(places) if places >= 0 else builder.simple(sizes[axis] + int(places))
-        cut = _cut(builder, node, data, axis, at, builder.simple(at + 1), 1)
-        return _view(builder, cut, [*sizes[:axis], *sizes[axis + 1 :]])
+        length = sizes[axis]
+        at = int(places) if places >= 0 else builder.simple(length + int(places))
+        if builder.proves(_prim(at) >= 0) and builder.proves(_prim(at) < length):
+            cut = _cut(builder, node, data, axis, at, builder.simple(at + 1), 1)
+            return _view(builder, cut, [*sizes[:axis], *sizes[axis + 1 :]])
+        if isinstance(length, int):
+            raise ModelError(f"{node.where}: there is no place {int(places)} among {length}.")
     where = builder.expr(places, node.names[1])
     sizes = list(builder.shape(where))
     # An index that is out of range must not read other memory: it wraps.
@@ -227,7 +250,7 @@ def gather(builder: Builder, node: Node) -> Value:
     return _view(builder, taken, [*old[:axis], *sizes, *old[axis + 1 :]])
 
 
-def _count(builder: Builder, sizes: list[Dim]) -> Dim:
+def _count(builder: Builder, sizes: Sequence[Dim]) -> Dim:
     return builder.simple(math.prod(sizes, start=1))
 
 
@@ -237,6 +260,17 @@ def gather_elements(builder: Builder, node: Node) -> Value:
     axis = int(node.attributes.get("axis", 0))
     places = builder.expr(node.inputs[1], node.names[1])
     length = builder.shape(data)[axis]
+    pairs = list(zip(builder.shape(places), builder.shape(data), strict=True))
+    # Elsewhere they may cover less than the data; where sizes do not tell, they have to be equal.
+    others = [pair for place, pair in enumerate(pairs) if place != axis % len(pairs)]
+    if any(_ints(*pair) and pair[0] > pair[1] for pair in others):
+        raise ModelError(f"{node.where}: its indices have more places than the data have.")
+    unknown = {
+        place: other
+        for place, (one, other) in enumerate(pairs)
+        if place != axis % len(pairs) and not builder.proves(_prim(one) <= other)
+    }
+    places = builder.fit(places, unknown)
     safe = builder.emit(op.floor_mod(places, builder.expr(Sizes((length,)), "length")))
     return builder.emit(op.gather_elements(data, safe, axis=axis), node)
 

@@ -49,7 +49,7 @@ def weight_bits(fields: Mapping[str, Any], where: str) -> frozenset[int]:
         The format or the kind of numbers is one that gqsa does not read.
     """
     layout = fields.get("format")
-    if layout is not None and layout not in _FORMATS:
+    if layout is not None and (not isinstance(layout, str) or layout not in _FORMATS):
         raise _unread(where, f"in the format {layout!r}")
     if fields.get("transform_config"):
         raise _unread(where, "with transforms (transform_config)")
@@ -58,8 +58,9 @@ def weight_bits(fields: Mapping[str, Any], where: str) -> frozenset[int]:
         raise ModelError(f"{where}: the config_groups of its quantization_config are no objects.")
     found = set()
     for name, group in groups.items():
-        if group.get("format") is not None and group["format"] not in _FORMATS:
-            raise _unread(where, f"with layers in the format {group['format']!r}")
+        layout = group.get("format")
+        if layout is not None and (not isinstance(layout, str) or layout not in _FORMATS):
+            raise _unread(where, f"with layers in the format {layout!r}")
         weights = group.get("weights")
         if not isinstance(weights, dict):
             continue

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from gqsa_compiler.checkpoint import symmetric_zero
 from gqsa_compiler.errors import ModelError
 from gqsa_compiler.frontends.quantised.layer_format import (
     FLOATS,
@@ -41,6 +42,8 @@ class GPTQSettings:
         Version 1 was made by subtracting 0x11111111 (or the like) from whole words, as GPTQModel
         does, so that adding it gives every zero point back.
     act_order : bool
+    symmetric : bool
+        It says that every zero point is the middle.
     mixed : bool
         Some layers have bits and groups of their own.
     """
@@ -50,6 +53,7 @@ class GPTQSettings:
     version: int
     wraps: bool
     act_order: bool
+    symmetric: bool
     mixed: bool
 
     @classmethod
@@ -88,6 +92,7 @@ class GPTQSettings:
             version=1 if layout == "gptq" else 2,
             wraps="gptqmodel" in str(makers).lower(),
             act_order=bool(fields.get("desc_act")),
+            symmetric=fields.get("sym") is True,
             mixed=bool(fields.get("dynamic")),
         )
 
@@ -147,8 +152,19 @@ class GPTQFormat(ColumnFormat):
         ------
         ModelError
             Version 1 holds a zero point whose increment does not fit: programs read 0, 2^bits or
-            its neighbour changed.
+            its neighbour changed. Or the settings promise others.
         """
+        found = self._zeros(layer)
+        middle = symmetric_zero(self.bits(layer))
+        if self.settings.symmetric and not self.settings.mixed and (found != middle).any():
+            raise self.error(
+                layer,
+                f"has zero points other than {middle}, although the settings say sym: they are "
+                "stored in another form than the settings' checkpoint_format; correct the settings",
+            )
+        return found
+
+    def _zeros(self, layer: str) -> npt.NDArray[np.uint8]:
         n, bits = self.shape(layer)[0], self.bits(layer)
         words = self.tensors.read(f"{layer}.qzeros")
         top = (1 << bits) - 1

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from gqsa_compiler.tuning.records import Status
@@ -56,6 +56,20 @@ class Comparison:
     def wins(self) -> bool:
         """Whether the candidate is faster beyond the noise, and by enough."""
         return self.ratio + SIGMAS * self.noise < 1.0 and self.ratio < 1.0 - LEAST_GAIN
+
+
+def checked(outcome: Outcome, calls: Collection[int]) -> Outcome:
+    """Return an outcome, or a failed one where its samples are of other calls than a workload's.
+
+    Parameters
+    ----------
+    outcome : Outcome
+    calls : collection of int
+        Numbers of tokens.
+    """
+    if outcome.status == "ok" and set(outcome.samples) != set(calls):
+        return Outcome("crash", "Its samples are of other calls.")
+    return outcome
 
 
 def compare(outcome: Outcome, calls: Mapping[int, float]) -> Comparison:

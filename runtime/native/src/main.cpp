@@ -8,7 +8,6 @@
 #include <filesystem>
 #include <fstream>
 #include <iostream>
-#include <iterator>
 #include <memory>
 #include <nlohmann/json.hpp>
 #include <sstream>
@@ -24,12 +23,27 @@ using gqsa::Arguments;
 using gqsa::usage_error;
 
 constexpr int kFailure = 1, kBadUsage = 2;
+constexpr std::size_t kMostPrompt = 64 << 20;  // bytes
 
 // A failed call of gqsa.h, as an exception of this program.
 void check(gqsa_status status) {
   if (status != GQSA_OK) {
     throw gqsa::Error(static_cast<gqsa::Kind>(status), gqsa_last_error(), gqsa_last_error_detail());
   }
+}
+
+std::string read_all(std::istream& stream, const std::string& what) {
+  std::string text;
+  std::vector<char> block(1 << 16);
+  while (stream.read(block.data(), static_cast<std::streamsize>(block.size())),
+         stream.gcount() > 0) {
+    text.append(block.data(), static_cast<std::size_t>(stream.gcount()));
+    if (text.size() > kMostPrompt) {
+      throw usage_error(what + " has more than " + std::to_string(kMostPrompt >> 20) +
+                        " MiB, which fit no context; give a shorter prompt.");
+    }
+  }
+  return text;
 }
 
 std::string read_prompt(const Arguments& a) {
@@ -39,13 +53,13 @@ std::string read_prompt(const Arguments& a) {
     if (!file.is_open() || std::filesystem::is_directory(*a.file)) {
       throw usage_error(*a.file + " cannot be read; give -f a text file.");
     }
-    return {std::istreambuf_iterator<char>(file), std::istreambuf_iterator<char>()};
+    return read_all(file, *a.file);
   }
   if (a.prompt && *a.prompt != "-") return *a.prompt;
   if (!a.prompt && isatty(STDIN_FILENO) != 0) {
     throw usage_error("There is no prompt; give one with -p TEXT, -f FILE or standard input.");
   }
-  return {std::istreambuf_iterator<char>(std::cin), std::istreambuf_iterator<char>()};
+  return read_all(std::cin, "Standard input");
 }
 
 // The folder that this program lies in: a bundle has it beside the model.

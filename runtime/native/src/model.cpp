@@ -5,7 +5,6 @@
 #endif
 
 #include <algorithm>
-#include <chrono>
 #include <cmath>
 #include <nlohmann/json.hpp>
 
@@ -18,13 +17,6 @@ namespace gqsa {
 namespace {
 
 using nlohmann::json;
-
-constexpr std::size_t kContextTokens = 8;  // prompt tokens that the decoder sees before the first
-
-double seconds() {
-  using namespace std::chrono;
-  return duration<double>(steady_clock::now().time_since_epoch()).count();
-}
 
 // A value of generation_config.json; null where it has none.
 json get(const json& config, const char* key) { return config.value(key, json()); }
@@ -177,80 +169,6 @@ std::vector<std::int32_t> Model::chat_ids(const std::string& message) const {
   }
   put(text + chat_->after, false);
   return ids;
-}
-
-Generation Model::generate(const std::string& prompt, const GenerateOptions& options,
-                           const std::function<bool(const std::string&)>& emit) {
-  const std::vector<std::int32_t> ids = prompt_ids(prompt, options.chat);
-  session_->check_tokens(ids);
-  const std::int64_t room = session_->context_length() - static_cast<std::int64_t>(ids.size());
-  if (room < 1) {
-    throw usage_error("The prompt has " + std::to_string(ids.size()) + " tokens and the context " +
-                      std::to_string(session_->context_length()) +
-                      ", which leaves no room for an answer; shorten the prompt, or compile the "
-                      "model with a larger --context.");
-  }
-  if (options.max_tokens < 1) {
-    throw usage_error("max_tokens is " + std::to_string(options.max_tokens) +
-                      " and must be at least 1.");
-  }
-  for (const std::string& stop : options.stop) {
-    if (stop.empty()) {
-      throw usage_error("A stop string is empty; leave it out or give it some text.");
-    }
-  }
-  const auto most = static_cast<std::size_t>(std::min(options.max_tokens, room));
-  Sampler sampler(options.sampling, static_cast<std::size_t>(session_->vocab_size()), ids);
-  const std::size_t context = options.chat ? 0 : std::min(kContextTokens, ids.size());
-  TextDecoder decoder(*tokenizer_, {ids.end() - static_cast<std::ptrdiff_t>(context), ids.end()});
-  StopStrings stops(options.stop);
-
-  Generation result;
-  result.prompt_tokens = ids.size();
-  const double started = seconds();
-  const std::int64_t sequence = session_->add();
-  struct Close {
-    Session& session;
-    std::int64_t sequence;
-    ~Close() {
-      try {
-        session.remove(sequence);
-      } catch (const Error&) {  // what failed before says more
-      }
-    }
-  } close{*session_, sequence};
-  double first = 0, last = 0;
-  Logits logits = session_->prefill(sequence, ids);
-  for (bool done = false; !done;) {
-    const std::int32_t token = sampler(logits.data);
-    last = seconds();
-    if (first == 0) first = last;
-    std::string text;
-    if (!options.ignore_eos && eos_.count(token) > 0) {
-      result.finish = Finish::eos;
-      done = true;
-    } else {
-      result.token_ids.push_back(token);
-      text = stops.push(decoder.push(token));
-      done = result.token_ids.size() == most;
-    }
-    if (done) {
-      text += stops.push(decoder.flush());
-      text += stops.flush();
-    }
-    if (stops.stopped()) {
-      result.finish = Finish::stop;
-      done = true;
-    }
-    if (!text.empty() && emit && !emit(text)) {
-      if (!done) result.finish = Finish::callback;
-      done = true;
-    }
-    if (!done) logits = session_->decode({sequence}, {token});
-  }
-  result.prefill_seconds = first - started;
-  result.decode_seconds = last - first;
-  return result;
 }
 
 }  // namespace gqsa

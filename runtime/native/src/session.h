@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <functional>
 #include <map>
 #include <memory>
 #include <string>
@@ -55,6 +56,9 @@ class Session {
   std::int64_t max_batch() const { return max_batch_; }
   std::int64_t vocab_size() const { return vocab_size_; }
   int threads() const { return threads_; }
+
+  // Call a function on the thread that passes run on; they then need no other one to be woken.
+  void run(const std::function<void()>& function) { workers_->run(function); }
 
   std::int64_t add();
   void remove(std::int64_t sequence);

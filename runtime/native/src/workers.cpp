@@ -77,6 +77,7 @@ void Workers::configure(const std::vector<int>& cpus) {
 }
 
 void Workers::run(const std::function<void()>& function) {
+  if (std::this_thread::get_id() == thread_) return function();
   // Shared: the thread may still be leaving the task when its result is here already.
   const auto task = std::make_shared<std::packaged_task<void()>>(function);
   std::future<void> done = task->get_future();
@@ -89,6 +90,7 @@ void Workers::run(const std::function<void()>& function) {
 }
 
 void Workers::work() {
+  thread_ = std::this_thread::get_id();
   std::unique_lock<std::mutex> lock(mutex_);
   while (true) {
     wake_.wait(lock, [&] { return !tasks_.empty(); });

@@ -8,12 +8,14 @@
 // minutes on a machine where others use it.
 #pragma once
 
+#include <atomic>
 #include <condition_variable>
 #include <functional>
 #include <future>
 #include <memory>
 #include <mutex>
 #include <queue>
+#include <thread>
 #include <vector>
 
 namespace gqsa {
@@ -25,7 +27,8 @@ class Workers {
   Workers(const Workers&) = delete;
   Workers& operator=(const Workers&) = delete;
 
-  // Call a function on the thread, wait for it, and pass on what it throws.
+  // Call a function on the thread, wait for it, and pass on what it throws. A function that runs
+  // there already may call this.
   void run(const std::function<void()>& function);
 
  private:
@@ -36,6 +39,7 @@ class Workers {
   std::mutex mutex_;
   std::condition_variable wake_;
   std::queue<std::shared_ptr<std::packaged_task<void()>>> tasks_;
+  std::atomic<std::thread::id> thread_{};
 };
 
 }  // namespace gqsa

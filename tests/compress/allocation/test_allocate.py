@@ -14,7 +14,7 @@ from gqsa_compiler.compress.allocation.allocate import Allocation, allocate, bal
 from gqsa_compiler.compress.allocation.costs import LayerCosts
 from gqsa_compiler.compress.allocation.stored import stored_bytes, stored_groups
 from gqsa_compiler.compress.recipes.budget import Budget
-from gqsa_compiler.compress.recipes.recipe import LayerTarget
+from gqsa_compiler.compress.recipes.target import LayerTarget
 from gqsa_compiler.errors import ModelError, UsageError
 
 W4 = LayerTarget(4, 16, 0.5)

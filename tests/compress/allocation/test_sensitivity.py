@@ -22,11 +22,12 @@ from gqsa_compiler.compress.allocation.sensitivity import (
     measured_sparsities,
 )
 from gqsa_compiler.compress.allocation.traces import LayerTrace, trace_layers
-from gqsa_compiler.compress.recipes.recipe import LayerTarget
+from gqsa_compiler.compress.recipes.target import LayerTarget
 from gqsa_compiler.compress.solver.compensate import Curvature, sweep
 from gqsa_compiler.compress.solver.hessian import DAMPING, SHRINKAGE, MomentAccumulator
 from gqsa_compiler.errors import ModelError
-from gqsa_compiler.frontends.source import ModelSource, resolve
+from gqsa_compiler.frontends.resolve import resolve
+from gqsa_compiler.frontends.source import ModelSource
 from gqsa_compiler.frontends.torch_model import load_dense
 from tests.tiny_models import make_tiny
 

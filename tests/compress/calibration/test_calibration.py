@@ -19,7 +19,7 @@ from gqsa_compiler.compress.calibration.sampling import (
     sampling_batch,
 )
 from gqsa_compiler.errors import ModelError
-from gqsa_compiler.frontends.source import resolve
+from gqsa_compiler.frontends.resolve import resolve
 from gqsa_compiler.frontends.torch_model import load_dense, load_tokenizer
 from tests.tiny_models import FAMILIES, VOCAB_SIZE, make_tiny
 

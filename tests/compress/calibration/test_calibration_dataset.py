@@ -19,7 +19,8 @@ from gqsa_compiler.compress.calibration import (
 )
 from gqsa_compiler.compress.calibration import dataset as dataset_module
 from gqsa_compiler.errors import UsageError
-from gqsa_compiler.frontends.source import ModelSource, resolve
+from gqsa_compiler.frontends.resolve import resolve
+from gqsa_compiler.frontends.source import ModelSource
 from gqsa_compiler.frontends.torch_model import load_tokenizer
 from tests.tiny_models import EOS_TOKEN_ID, make_tiny
 

@@ -15,7 +15,8 @@ from gqsa_compiler.compress.calibration import (
     read_calibration,
 )
 from gqsa_compiler.errors import UsageError
-from gqsa_compiler.frontends.source import ModelSource, resolve
+from gqsa_compiler.frontends.resolve import resolve
+from gqsa_compiler.frontends.source import ModelSource
 from gqsa_compiler.frontends.torch_model import load_tokenizer
 from tests.tiny_models import make_tiny
 

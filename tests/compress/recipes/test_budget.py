@@ -14,7 +14,7 @@ import torch
 from gqsa_compiler.checkpoint import BSRLayer
 from gqsa_compiler.compress.allocation.stored import stored_bytes, stored_groups
 from gqsa_compiler.compress.recipes.budget import Budget, parse_budget
-from gqsa_compiler.compress.recipes.recipe import LayerTarget
+from gqsa_compiler.compress.recipes.target import LayerTarget
 from gqsa_compiler.compress.solver.importance import choose_mask
 from gqsa_compiler.errors import UsageError
 

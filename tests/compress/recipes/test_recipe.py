@@ -10,7 +10,8 @@ import pytest
 
 from gqsa_compiler.compress.recipes.budget import Budget
 from gqsa_compiler.compress.recipes.nominal import nominal_bits_per_weight
-from gqsa_compiler.compress.recipes.recipe import BlockStage, LayerTarget, ModelStage, Recipe
+from gqsa_compiler.compress.recipes.recipe import BlockStage, ModelStage, Recipe
+from gqsa_compiler.compress.recipes.target import LayerTarget
 from gqsa_compiler.errors import UsageError
 
 RECIPE = Recipe("r", 4, 50, 16)

@@ -15,10 +15,10 @@ from gqsa_compiler.compress.recipes.recipe import (
     SCORES,
     SOLVERS,
     STRUCTURES,
-    LayerTarget,
     Recipe,
     Solver,
 )
+from gqsa_compiler.compress.recipes.target import LayerTarget
 from gqsa_compiler.compress.solver.compensate import MaskedSolver
 from gqsa_compiler.compress.solver.grouped import GroupedWeight, element_mask
 from gqsa_compiler.compress.solver.hessian import MomentAccumulator, Moments

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from gqsa_compiler.frontends.source import resolve
+from gqsa_compiler.frontends.resolve import resolve
 from gqsa_compiler.frontends.torch_model import build_model, load_parameters
 from tests.tiny_models import make_tiny
 

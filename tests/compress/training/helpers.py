@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from gqsa_compiler.compress.blocks import capture_inputs, find_blocks, linear_layers
 from gqsa_compiler.compress.phases.block import equal_batches
-from gqsa_compiler.compress.recipes.recipe import LayerTarget, Recipe
+from gqsa_compiler.compress.recipes.recipe import Recipe
+from gqsa_compiler.compress.recipes.target import LayerTarget
 from gqsa_compiler.compress.solver.block_oneshot import BlockState, compress_block
 from gqsa_compiler.compress.solver.grouped import GroupedWeight
 from gqsa_compiler.compress.solver.importance import (

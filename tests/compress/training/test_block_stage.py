@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from gqsa_compiler.compress.blocks import linear_layers, run_block
-from gqsa_compiler.compress.recipes.recipe import BlockStage, LayerTarget, Recipe
+from gqsa_compiler.compress.recipes.recipe import BlockStage, Recipe
+from gqsa_compiler.compress.recipes.target import LayerTarget
 from gqsa_compiler.compress.solver.block_oneshot import BlockState
 from gqsa_compiler.compress.training import block_stage
 from gqsa_compiler.compress.training.block_stage import train_block

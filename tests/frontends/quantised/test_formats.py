@@ -17,6 +17,7 @@ from gqsa_compiler.frontends.quantised.codes import Misfit
 from gqsa_compiler.frontends.quantised.compressed_tensors import (
     IntegerFormat,
     PackedFormat,
+    weight_bits,
 )
 from gqsa_compiler.frontends.quantised.gptq import GPTQFormat, GPTQSettings
 from gqsa_compiler.frontends.quantised.layer_format import LayerFormat
@@ -339,6 +340,25 @@ def test_marlin24_tensors_that_are_wrong() -> None:
     parts["meta"] = np.zeros_like(parts["meta"])
     with pytest.raises(ModelError, match="names one position twice"):
         Marlin24Format(stored(parts), "model").codes("p")
+
+
+def test_zero_points_that_belie_the_settings() -> None:
+    """The usual mistake: version 1 marked as version 2, or the other way round."""
+    m = random_matrix(16, 64, symmetric=True)
+    for version, said in ((1, "gptq"), (2, "gptq_v2")):
+        parts = pack_gptq(m, version=version)
+        check(gptq(parts, sym=True, checkpoint_format=said), m)
+        other = {"gptq": "gptq_v2", "gptq_v2": "gptq"}[said]
+        with pytest.raises(ModelError, match="zero points other than 8, although the settings say"):
+            gptq(parts, sym=True, checkpoint_format=other).matrix("p")
+
+
+@pytest.mark.parametrize("layout", [{}, [1], 5])
+def test_a_format_that_is_no_name(layout: Any) -> None:
+    with pytest.raises(ModelError, match="in the format"):
+        weight_bits({"format": layout}, "model")
+    with pytest.raises(ModelError, match="with layers in the format"):
+        weight_bits({"config_groups": {"g": {"format": layout}}}, "model")
 
 
 def test_an_order_that_the_settings_promise_is_not_made_up() -> None:

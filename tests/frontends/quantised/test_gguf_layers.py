@@ -15,7 +15,7 @@ from gqsa_compiler.frontends.gguf import GGUFSource
 from gqsa_compiler.frontends.quantised.blocks import read_blocks
 from gqsa_compiler.frontends.quantised.codes import Misfit
 from gqsa_compiler.frontends.quantised.gguf_layers import GGUFLayers
-from gqsa_compiler.frontends.source import resolve
+from gqsa_compiler.frontends.resolve import resolve
 from tests.frontends.gguf_files import write_gguf
 from tests.tiny_models import make_tiny
 

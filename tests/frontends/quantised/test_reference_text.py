@@ -12,7 +12,7 @@ import torch
 from safetensors.numpy import load_file
 
 from gqsa_compiler.export import export_model
-from gqsa_compiler.frontends.source import resolve
+from gqsa_compiler.frontends.resolve import resolve
 from gqsa_compiler.frontends.torch_model import load_checkpoint_dense
 from tests.frontends.quantised.packers import (
     Arrays,

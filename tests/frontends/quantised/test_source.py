@@ -17,7 +17,7 @@ from safetensors.numpy import load_file, save_file
 from gqsa_compiler.checkpoint import to_dense
 from gqsa_compiler.errors import ModelError
 from gqsa_compiler.frontends.fit import check_tensors
-from gqsa_compiler.frontends.source import resolve
+from gqsa_compiler.frontends.resolve import resolve
 from gqsa_compiler.models.registry import parse_config
 from tests.frontends.quantised.packers import (
     Arrays,

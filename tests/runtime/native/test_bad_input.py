@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
@@ -87,6 +88,17 @@ def test_truncated_files(programs: Programs, copy: Path, file: str, size: int) -
 def test_missing_files(programs: Programs, copy: Path, file: str) -> None:
     (copy / file).unlink()
     assert file in refusal(run(programs, copy, "-p", "the"), 1)
+
+
+@pytest.mark.parametrize("file", ["tokenizer.json", "params.safetensors", "model.so"])
+def test_pipes_and_devices_are_no_files(programs: Programs, copy: Path, file: str) -> None:
+    """Nobody writes into the pipe, and the device has no end."""
+    (copy / file).unlink()
+    os.mkfifo(copy / file)
+    assert "it is not a file" in refusal(run(programs, copy, "-p", "the"), 1)
+    (copy / file).unlink()
+    (copy / file).symlink_to("/dev/zero")
+    assert "it is not a file" in refusal(run(programs, copy, "-p", "the"), 1)
 
 
 @pytest.mark.parametrize("file", ["generation_config.json", "tokenizer_config.json",

@@ -60,6 +60,13 @@ def test_samples_are_pythons(probe: Probe, options: dict[str, Any]) -> None:
 
 def test_ties_go_to_the_first(probe: Probe) -> None:
     assert probe.ask("sample", logits=[1.0, 2.0, 2.0, 0.0], count=1) == [1]
+    for size in (1, 15, 16, 33):
+        for at in range(size):  # in a whole vector of them, or behind the last
+            logits: list[float | None] = [-1e30] * size
+            logits[at] = logits[-1] = -3.5
+            assert probe.ask("sample", logits=logits, count=1) == [at]
+            logits[at] = None
+            assert "not finite" in probe.error("sample", logits=logits, count=1)
 
 
 @pytest.mark.parametrize("logits", [[1.0, None], [None, 1.0], [None, None]])
@@ -74,7 +81,7 @@ def test_logits_that_are_not_numbers(
 @pytest.mark.parametrize(
     ("option", "value"),
     [("temperature", -1), ("top_k", -1), ("top_p", 0), ("top_p", 1.5), ("min_p", 2),
-     ("repetition_penalty", 0)],
+     ("repetition_penalty", 0), ("repetition_penalty", 1e-38), ("repetition_penalty", 1e38)],
 )  # fmt: skip
 def test_options_out_of_range(probe: Probe, option: str, value: float) -> None:
     assert option in probe.error("sample", logits=[1.0], count=1, **{option: value})

@@ -228,6 +228,7 @@ def test_it_has_the_options_of_gqsa_run(programs: Programs) -> None:
         (["--stop", ""], "stop string is empty"),
         (["-f", "/no/such/file"], "/no/such/file"),
         (["-f", "/"], "cannot be read"),
+        (["-f", "/dev/zero"], "/dev/zero has more than 64 MiB"),
         (["two"], "one DIR too many"),
         (["--chat"], "chat template"),
     ],

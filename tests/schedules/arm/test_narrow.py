@@ -12,6 +12,7 @@ import pytest
 from gqsa_compiler.checkpoint import BSRLayer
 from gqsa_compiler.schedules import reference
 from gqsa_compiler.schedules.arm import narrow_sparse_pack
+from gqsa_compiler.schedules.arm.input_factors import input_factors
 from gqsa_compiler.schedules.arm.narrow_bsr import ArmNarrowInt4
 from gqsa_compiler.schedules.arm.narrow_dense_rule import ArmNarrowDense4, ArmNarrowDense8
 from gqsa_compiler.schedules.arm.narrow_inputs import LARGEST
@@ -49,6 +50,7 @@ def products(rule: Any, spec: LinearSpec, layer: BSRLayer, values: Array) -> tup
         step = np.abs(values).max() / LARGEST * np.abs(weight).max()
         return rounded(values, size, LARGEST) @ weight.T, float(step)
     weight, offsets = narrow_sparse_pack.stored_parts(spec, layer)
+    values = values / np.repeat(input_factors([layer]), size)
     inputs = rounded(values, spec.k, LARGEST)
     sums = inputs.reshape(len(values), -1, size).sum(-1)
     rest = rounded(sums, sums.shape[1], LARGEST) @ offsets.T
@@ -109,6 +111,9 @@ def test_sparse_rows(kernels: Kernels, name: str) -> None:
     if symmetric:
         signs = rng.choice([-1, 1], layer.nnz).astype(np.float16)
         layer = replace(layer, scales=layer.scales * signs)
+    if name in ("all", "g32", "g256"):
+        sizes = rng.lognormal(0, 1.5, layer.shape[1]).astype(np.float32)
+        layer = replace(layer, input_rms=sizes)
     spec = spec_of(layer, activation_dtype="int8", **fields)
     rule = ArmNarrowInt4()
     for m in (1, 6):

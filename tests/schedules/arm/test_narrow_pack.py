@@ -9,13 +9,15 @@ import pytest
 
 from gqsa_compiler.checkpoint import BSRLayer
 from gqsa_compiler.errors import UsageError
+from gqsa_compiler.schedules.activations import check_shared_weights
 from gqsa_compiler.schedules.arm import narrow_sparse_pack
+from gqsa_compiler.schedules.arm.input_factors import POWER, input_factors
 from gqsa_compiler.schedules.arm.narrow_bsr import ArmNarrowInt4
 from gqsa_compiler.schedules.arm.narrow_dense_rule import ArmNarrowDense4, ArmNarrowDense8
 from gqsa_compiler.schedules.arm.narrow_sparse_pack import SparseRecords
 from gqsa_compiler.schedules.reference import decode
 from gqsa_compiler.schedules.spec import LinearSpec
-from gqsa_compiler.schedules.table import check_shared_weights, select
+from gqsa_compiler.schedules.table import select
 from gqsa_compiler.targets import parse_target, parse_targets
 from tests.schedules.linear_cases import random_keep, random_layer, spec_of
 
@@ -80,6 +82,40 @@ def test_a_layer_that_keeps_nothing(size: int) -> None:
     assert not packed["records"].any()
     assert not packed["row_starts"].any()
     assert not rule.stored(spec, config, layer).any()
+
+
+def test_large_inputs_do_not_set_the_scale_of_all() -> None:
+    """One column group in 32 is fifty times as large: what bytes then lose is a tenth."""
+    rng = np.random.default_rng(3)
+    layer, spec = sparse(16, 32)
+    sizes = np.where(np.arange(512) // 16 == 5, 50.0, 1.0)
+    x = rng.standard_normal((40, 512)) * sizes
+    measured = replace(layer, input_rms=np.sqrt((x**2).mean(0)).astype(np.float32))
+    assert (input_factors([layer]) == 1).all()
+    factors = input_factors([layer, measured])
+    np.testing.assert_array_equal(factors, input_factors([measured]))
+    assert np.median(factors) == pytest.approx(1)
+    assert factors[5] == pytest.approx(50**POWER, rel=0.2)
+    lost = []
+    for each in (layer, measured):
+        weights, offsets = narrow_sparse_pack.stored_parts(spec, each)
+        divided = x / np.repeat(input_factors([each]), 16)
+        steps = np.abs(divided).max(1, keepdims=True) / 127
+        errors = (np.rint(divided / steps) * steps - divided) @ (
+            weights - np.repeat(offsets, 16, axis=1)
+        ).T
+        lost.append((errors**2).mean())
+    assert lost[1] < 0.1 * lost[0]
+
+
+@pytest.mark.parametrize("power", [0.0, 3.0])
+def test_input_factors_leave_the_layer_as_it_is(power: float) -> None:
+    layer, spec = sparse(32, 13)
+    rng = np.random.default_rng(0)
+    sizes = np.exp(power * rng.standard_normal(layer.shape[1])).astype(np.float32)
+    stored = narrow_sparse_pack.stored(spec, replace(layer, input_rms=sizes))
+    exact = decode(layer)
+    assert ((stored - exact) ** 2).mean() < 1e-3 * (exact**2).mean()
 
 
 @pytest.mark.parametrize("scales", [(1e-3, 1e-2), (1e-2, 1.01e-2), (1e-6, 1e-1)])

@@ -10,6 +10,7 @@ import pytest
 
 from gqsa_compiler.schedules.cuda import config as configs
 from gqsa_compiler.schedules.cuda import gemv
+from gqsa_compiler.schedules.cuda.arch import arch_for
 from gqsa_compiler.schedules.cuda.config import CudaConfig
 from gqsa_compiler.schedules.reference import decode
 from gqsa_compiler.schedules.spec import Epilogue
@@ -142,6 +143,20 @@ def test_a_token_of_any_size_keeps_its_precision(size: float) -> None:
     assert np.all(np.abs(got - x.astype(np.float64) @ weight.T) <= bound + 1e-38)
 
 
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("dtype", ["float16", "int16"])
+def test_a_token_that_is_not_finite_stays_so(dtype: str, value: float) -> None:
+    """A maximum of float32 loses NaN, and integers have none."""
+    rng = np.random.default_rng(5)
+    layer = random_layer(np.ones((5, 9), bool), 16, rng)
+    spec = spec_of(layer, activation_dtype=dtype, norm_eps=1e-5)
+    x = rng.standard_normal((2, spec.k)).astype(np.float32)
+    x[0, 77] = value
+    got = run(spec, SMALL, [layer], x, {"norm": np.ones(spec.k, np.float32)}, (2,))
+    assert not np.isfinite(got[0]).any()
+    assert np.isfinite(got[1]).all()
+
+
 def test_folded_layers_are_stacked() -> None:
     rng = np.random.default_rng(6)
     layers = [random_layer(rng.random((n, 13)) < 0.5, 16, rng) for n in (12, 20, 5)]
@@ -173,6 +188,13 @@ def test_what_it_runs() -> None:
     wide = replace(spec, k=51200)
     assert RULE.applies(wide, TARGET)
     assert not RULE.applies(wide, cuda_target("sm_86"))
+    # Nor that of every GPU which PTX is for: fewer tokens are taken at once there.
+    ptx = replace(cuda_target("sm_80"), features=("compute_80",))
+    assert not RULE.applies(wide, ptx)
+    down = replace(spec, k=14336)
+    config = RULE.space(down, ptx)[0]
+    assert configs.tiles_of(down, config, arch_for(cuda_target("sm_80"))) == (1, 2, 4)
+    assert configs.tiles_of(down, config, arch_for(ptx)) == (1, 2)
     # Columns have 12 bits.
     assert not RULE.applies(replace(spec, k=8 * 5000, group_size=8), TARGET)
 

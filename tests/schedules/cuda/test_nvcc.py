@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -129,6 +130,22 @@ def test_other_groups_and_codes_build_without_spills(
     spec = _spec(dtype, group_size, bits)
     config = rule_of(spec).space(spec, cuda_target(arch))[0]
     check_uses(build(spec, config, arch), config)
+
+
+@needs_nvcc
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", ["float16", "int16"])
+@pytest.mark.parametrize("k", [14336, 18944, 28672])
+def test_wide_layers_build_without_spills(dtype: str, k: int) -> None:
+    """Each thread holds its share of a token's values: of many, small blocks hold too many."""
+    spec = replace(_spec(dtype), n=4096, k=k, nnz=4096 * k // 32)
+    configs = RULE.space(spec, cuda_target("sm_90"))
+    assert len({(config.warps, config.depth) for config in configs}) >= 2
+    for config in configs:
+        uses = build(spec, config, "sm_90")
+        # At 28672 inputs the code for two tokens spills; reading the weights once for each token
+        # would cost far more.
+        check_uses(uses if k < 28672 else uses[-1:], config)
 
 
 def test_what_ptxas_says_is_read() -> None:

@@ -1,4 +1,4 @@
-"""The packed layout of the x86 BSR kernels (docs/kernels.md specifies it)."""
+"""The packed layout of the x86 and Arm BSR kernels (docs/kernels.md specifies it)."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from gqsa_compiler.schedules.generic.layout import (
     stored_order,
     units_of,
 )
+from gqsa_compiler.schedules.records.chunks import Chunks
 from gqsa_compiler.schedules.spec import LinearSpec, ParamSpec
-from gqsa_compiler.schedules.x86.chunks import Chunks
 
 SCALE_MAX = 255
 SIGNED_SCALE_MAX = 127

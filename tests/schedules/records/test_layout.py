@@ -14,9 +14,9 @@ from gqsa_compiler.errors import CompileError
 from gqsa_compiler.limits import BITS, GROUP_SIZES
 from gqsa_compiler.schedules.generic.config import GenericConfig
 from gqsa_compiler.schedules.generic.layout import row_order
+from gqsa_compiler.schedules.records.layout import Records, output_block, pack, stored
 from gqsa_compiler.schedules.reference import decode
 from gqsa_compiler.schedules.spec import Epilogue, LinearSpec
-from gqsa_compiler.schedules.x86.records import Records, output_block, pack, stored
 from tests.schedules.linear_cases import random_keep, random_layer, spec_of
 
 CONFIG = GenericConfig(tasks=5, lanes=16, tiles=(4, 16))

@@ -1,4 +1,4 @@
-"""How the x86 BSR kernels' codes lie in memory."""
+"""How the codes of records lie in memory."""
 
 from __future__ import annotations
 
