@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Union, get_args, get_origin, get_type_hints
 
 from gqsa_compiler.runtime.errors import ArtefactError
+from gqsa_compiler.runtime.json_file import read_json
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -28,10 +29,10 @@ ADAPTERS_VERSION = 3
 MODULE_FORMAT = "gqsa-module"
 """What `format` says in the manifest of a compiled module (`module_manifest.py`)."""
 MANIFEST_FILE = "manifest.json"
-_MOST_BYTES = 100_000_000  # of the file; a model of 1000 layers takes 3 MB
 _MOST_VARIANTS = 64
 _PAGE_MULTIPLE = 8  # what the attention kernels need
 _INT64 = 1 << 63
+_POSITIONS = "cos_sin"  # ends the names of the tables that have a row for each position
 SCORE_ROWS = 64
 """Most rows of hidden states that one call of `logits` takes (or `max_batch`, if larger)."""
 
@@ -272,10 +273,12 @@ class Manifest(Document):
         # Beyond any model, and small enough for what TVM computes of them in 32 and 64 bits.
         bounded = {
             "model.vocab_size": (model.vocab_size, 1 << 24),
+            "model.hidden_size": (model.hidden_size, 1 << 24),
             "model.context_length": (model.context_length, 1 << 27),
             "model.prefill_chunk": (model.prefill_chunk, 1 << 20),
             "model.max_batch": (model.max_batch, 1 << 16),
             "kv_cache.page_size": (cache.page_size, 1 << 12),
+            "kv_cache.bytes_per_token": (cache.bytes_per_token, 1 << 40),
         }
         for key, (value, most) in bounded.items():
             if value < 1:
@@ -293,12 +296,13 @@ class Manifest(Document):
                 f"{where}: model.max_batch is {model.max_batch} and must be at most "
                 f"model.prefill_chunk, which is {model.prefill_chunk}; compile the model again."
             )
-        # The embedding has a row for every token, and is read without a check.
+        # The embedding has a row for every token; of a token beyond it the last row would be taken.
         if not any(model.vocab_size in p.shape for p in self.parameters):
             raise ArtefactError(
                 f"{where}: model.vocab_size is {model.vocab_size}, and no parameter has that many "
                 "rows; copy or compile the artefact again."
             )
+        check_positions(self.parameters, model.context_length, where)
 
 
 def read_document(directory: str | Path) -> Any:
@@ -316,19 +320,12 @@ def read_document(directory: str | Path) -> Any:
         raise ArtefactError(f"There is no artefact at {directory}: no such directory.")
     _check_kinds(path.parent)
     try:
-        size = path.stat().st_size
-        if size > _MOST_BYTES:
-            raise ValueError(f"it has {size} bytes, and at most {_MOST_BYTES} are read")
-        text = path.read_text(encoding="utf-8")
-        data = json.loads(text, object_pairs_hook=_distinct)
+        return read_json(path, distinct=True)
     except FileNotFoundError:
         raise ArtefactError(
             f"{directory} is not a compiled artefact: it has no {MANIFEST_FILE}. "
             "Make one with gqsa-compile."
         ) from None
-    except (OSError, ValueError, RecursionError) as error:
-        raise ArtefactError(f"{path} cannot be read: {error}.") from None
-    return data
 
 
 def _check_kinds(directory: Path) -> None:
@@ -411,13 +408,22 @@ def check_adapters(
             )
 
 
-def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """Build an object of a JSON document; readers would differ on a doubled key."""
-    found = dict(pairs)
-    if len(found) != len(pairs):
-        keys = [key for key, _ in pairs]
-        raise ValueError(f"the key {next(k for k in keys if keys.count(k) > 1)!r} stands twice")
-    return found
+def check_positions(parameters: Sequence[Parameter], context_length: int, where: str) -> None:
+    """Check that tables of rotary embeddings have every position: code reads them unchecked.
+
+    Raises
+    ------
+    ArtefactError
+        One has fewer rows than the context has tokens.
+
+    """
+    for parameter in parameters:
+        rows = parameter.shape[0] if parameter.shape else 0
+        if parameter.name.endswith(_POSITIONS) and rows < context_length:
+            raise ArtefactError(
+                f"{where}: parameter {parameter.name!r} has {rows} rows, fewer than the context "
+                f"of {context_length} tokens."
+            )
 
 
 def decode(kind: Any, value: Any, where: str) -> Any:
