@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from gqsa_compiler._tvm import rpc, tvm, tvm_ffi
+from gqsa_compiler._tvm import rpc, runtime, tvm, tvm_ffi
 from gqsa_compiler.errors import ArtefactError, GqsaError, UsageError
 from gqsa_compiler.runtime import library, params
 from gqsa_compiler.runtime.errors import last_line
@@ -143,7 +143,7 @@ class _RemoteDevice:
 
     def upload(self, tensor: Any) -> Any:
         """Send a tensor of this machine."""
-        there = tvm.runtime.empty(tuple(tensor.shape), str(tensor.dtype), self._cpu)
+        there = runtime.empty(tuple(tensor.shape), str(tensor.dtype), self._cpu)
         return there.copyfrom(tensor)
 
     def download(self, tensor: Any) -> np.ndarray:
