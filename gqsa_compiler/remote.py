@@ -19,9 +19,10 @@ from gqsa_compiler.errors import ArtefactError, GqsaError, UsageError
 from gqsa_compiler.runtime import library, params
 from gqsa_compiler.runtime.errors import last_line
 from gqsa_compiler.runtime.machine import Limits, Machine
-from gqsa_compiler.runtime.manifest import Manifest, Variant
+from gqsa_compiler.runtime.manifest import Manifest
 from gqsa_compiler.runtime.model import Model
 from gqsa_compiler.runtime.program import Program
+from gqsa_compiler.runtime.schema import Variant
 
 _SECONDS = 10  # to reach the server
 _CPU, _POOLED_ALLOCATOR = 1, 2

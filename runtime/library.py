@@ -21,7 +21,8 @@ from typing import Any
 from gqsa_compiler.runtime.cpus import host_arch, host_flags
 from gqsa_compiler.runtime.errors import ArtefactError, UsageError
 from gqsa_compiler.runtime.gpus import CUDA, check_gpu, open_driver
-from gqsa_compiler.runtime.manifest import Manifest, Target, Variant
+from gqsa_compiler.runtime.manifest import Manifest
+from gqsa_compiler.runtime.schema import Target, Variant
 
 RUNTIME_LIBRARIES = ("libtvm_runtime.so", "libtvm_runtime_extra.so")
 """TVM's runtime, in loading order."""

@@ -12,7 +12,7 @@ import pytest
 from gqsa_compiler.runtime import gpus, library
 from gqsa_compiler.runtime.errors import ArtefactError
 from gqsa_compiler.runtime.gpus import CUDA, CudaDriver, check_gpu, open_driver
-from gqsa_compiler.runtime.manifest import Target
+from gqsa_compiler.runtime.schema import Target
 from gqsa_compiler.targets import SHARED_BYTES
 
 # What it knows, how many GPUs there are and of which compute capability is said by -D.

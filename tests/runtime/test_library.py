@@ -16,9 +16,10 @@ import pytest
 from gqsa_compiler.runtime import library
 from gqsa_compiler.runtime.errors import ArtefactError
 from gqsa_compiler.runtime.gpus import CUDA
-from gqsa_compiler.runtime.manifest import Manifest, Target
+from gqsa_compiler.runtime.manifest import Manifest
 from gqsa_compiler.runtime.model import load
 from gqsa_compiler.runtime.program import Program
+from gqsa_compiler.runtime.schema import Target
 from tests.runtime.toy import edit_manifest
 
 TARGET = Target("x86-64-v4", "llvm", platform.machine(), ("avx2", "avx512f"), 1, "")
