@@ -202,7 +202,7 @@ def test_any_shape(
 
 
 @pytest.mark.parametrize("symmetric", [False, True])
-@pytest.mark.parametrize("m", [1, 7, 20])
+@pytest.mark.parametrize("m", [1, pytest.param(7, marks=pytest.mark.slow), 20])
 def test_all_groups_kept(
     rule: ScheduleRule[Any], activation_dtype: str, symmetric: bool, m: int
 ) -> None:
