@@ -237,6 +237,7 @@ def test_two_writers_lose_nothing_and_neither_does_a_kill(tmp_path: Path) -> Non
     assert contents.unreadable <= 1
 
 
+@pytest.mark.slow
 def test_pruning_beside_a_writer_loses_nothing(tmp_path: Path) -> None:
     database = Database(tmp_path)
     database.append(*numbered(50, "old"))
