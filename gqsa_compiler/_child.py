@@ -8,6 +8,7 @@ import signal
 import sys
 import traceback
 from collections.abc import Callable
+from contextlib import suppress
 
 from gqsa_compiler.errors import CompileError, GqsaError
 
@@ -38,8 +39,12 @@ def run_in_child(work: Callable[[], None], what: str) -> None:
     reader, writer = os.pipe()
     child = os.fork()
     if child == 0:
-        os.close(reader)
-        os._exit(_child(work, writer))
+        code = 1
+        try:
+            os.close(reader)
+            code = _child(work, writer)
+        finally:
+            os._exit(code)  # whatever was raised: the parent's clean-up may not run here
     os.close(writer)
     try:
         with os.fdopen(reader, "rb") as pipe:
@@ -61,7 +66,7 @@ def run_in_child(work: Callable[[], None], what: str) -> None:
 
 
 def _child(work: Callable[[], None], writer: int) -> int:
-    """Do the work and report the exception; nothing of the parent's clean-up may run here."""
+    """Do the work and report the exception; returns the exit code."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_DFL)
     # Ctrl-C goes to the whole terminal's group; the parent decides what becomes of the child.
@@ -69,11 +74,17 @@ def _child(work: Callable[[], None], writer: int) -> int:
     try:
         work()
     except GqsaError as error:
-        os.write(writer, str(error).encode())
+        _report(writer, str(error))
     except BaseException as error:
-        traceback.print_exc()
-        os.write(writer, f"{type(error).__name__}: {error}".encode())
-    finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
+        _report(writer, f"{type(error).__name__}: {error}")
+        with suppress(OSError, ValueError):
+            traceback.print_exc()
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError, ValueError):  # nobody reads it any more
+            stream.flush()
     return 0
+
+
+def _report(writer: int, message: str) -> None:
+    # The names of files in it may be no text.
+    os.write(writer, message.encode(errors="replace"))

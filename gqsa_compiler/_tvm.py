@@ -20,13 +20,16 @@ if not str(tvm.__version__).startswith(f"{REQUIRED}."):
     )
 
 # ruff: noqa: E402
-from tvm import relax, rpc, s_tir, te, tirx
+from tvm import relax, rpc, runtime, s_tir, te, tirx
 from tvm.ir import GenericConst, StringImm
 from tvm.relax.analysis import post_order_visit
 from tvm.relax.expr_functor import PyExprMutator, mutator
 from tvm.relax.frontend import nn
+from tvm.relax.frontend.nn.core import wrap_nested
+from tvm.relax.frontend.nn.llm.kv_cache import PagedKVCache
+from tvm.relax.frontend.torch import from_exported_program
 from tvm.relax.utils import copy_with_new_vars
-from tvm.s_tir import Schedule
+from tvm.s_tir import Schedule, ScheduleError
 from tvm.script import relax as R
 from tvm.script import tirx as T
 from tvm.script.ir_builder import IRBuilder
@@ -52,21 +55,25 @@ __all__ = [
     "B",
     "GenericConst",
     "IRBuilder",
+    "PagedKVCache",
     "PyExprMutator",
     "R",
     "Schedule",
+    "ScheduleError",
     "StringImm",
     "T",
     "Target",
     "copy_with_new_vars",
     "end_block",
     "finalize_host_passes",
+    "from_exported_program",
     "mutator",
     "nn",
     "post_order_visit",
     "register_tir_pipeline",
     "relax",
     "rpc",
+    "runtime",
     "s_tir",
     "split_host_device_mods",
     "structural_equal",
@@ -75,4 +82,5 @@ __all__ = [
     "tirx",
     "tvm",
     "tvm_ffi",
+    "wrap_nested",
 ]

@@ -31,7 +31,7 @@ from gqsa_compiler.passes.plan import (
     np_dtype,
 )
 from gqsa_compiler.passes.records import ParamRecord
-from gqsa_compiler.runtime import manifest as manifests
+from gqsa_compiler.runtime import schema
 from gqsa_compiler.schedules.cuda import library as cuda
 from gqsa_compiler.targets import TargetSpec
 from gqsa_compiler.toolchain import library_linker
@@ -104,9 +104,9 @@ def _dense(weights: WeightLoader, name: str, dtype: str) -> Array:
     return array
 
 
-def manifest_target(target: TargetSpec) -> manifests.Target:
+def manifest_target(target: TargetSpec) -> schema.Target:
     """Return what a manifest says of a target."""
-    return manifests.Target(
+    return schema.Target(
         target.name,
         target.kind,
         target.arch,

@@ -6,7 +6,6 @@ import hashlib
 import json
 import shutil
 import sys
-from importlib import util
 from pathlib import Path
 
 from gqsa_compiler.errors import CompileError, GqsaError
@@ -15,7 +14,7 @@ from gqsa_compiler.runtime.chat import TEMPLATE_FILE, load_template
 from gqsa_compiler.runtime.library import BUNDLE, CUDA_LIBRARY, RUNTIME_LIBRARIES, SUMS
 from gqsa_compiler.schedules.cuda.nvcc import find_nvcc
 from gqsa_compiler.targets import TargetSpec, host_arch
-from gqsa_compiler.toolchain import ANDROID, LINKED, library_linker, program_linker
+from gqsa_compiler.toolchain import ANDROID, LINKED, library_linker, package_folder, program_linker
 
 CHAT_PROMPT = "chat_prompt.json"
 
@@ -92,7 +91,7 @@ def _add_libraries(directory: Path, target: TargetSpec) -> None:
     arch, on_gpu = target.machine, target.kind == "cuda"
     native = native_folder(arch)
     if arch == host_arch():
-        places = [_package(p) / "lib" for p in ("tvm", "tvm_ffi")]
+        places = [package_folder(p) / "lib" for p in ("tvm", "tvm_ffi")]
     else:
         places = [native / BUNDLE]
     library = directory / BUNDLE
@@ -147,10 +146,3 @@ def chat_prompt(directory: Path) -> dict[str, str | bool] | None:
     if spaced not in (text, f"{before} {mark} {after}"):
         return None
     return {"before": before, "after": after, "trim": spaced == text}
-
-
-def _package(name: str) -> Path:
-    spec = util.find_spec(name)
-    if spec is None or spec.origin is None:
-        raise CompileError(f"The package {name} is not installed.")
-    return Path(spec.origin).parent

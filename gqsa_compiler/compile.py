@@ -33,6 +33,7 @@ from gqsa_compiler.passes.records import ParamRecord
 from gqsa_compiler.progress import Progress, Stages
 from gqsa_compiler.report import CompileReport
 from gqsa_compiler.runtime import manifest as manifests
+from gqsa_compiler.runtime import schema
 from gqsa_compiler.runtime.params import write_params
 from gqsa_compiler.targets import TargetSpec, parse_targets
 from gqsa_compiler.tuning.lookup import open_tuned
@@ -269,11 +270,11 @@ class _Compilation:
         with self._stage_of("running passes", target):
             return self._run_passes(imported, records, target)
 
-    def _library(self, variant: _Variant, directory: Path) -> manifests.Library:
+    def _library(self, variant: _Variant, directory: Path) -> schema.Library:
         name = artefact.library_name(variant.target, len(self.targets))
         with self._stage_of("generating code", variant.target):
             digest = artefact.export_library(variant.mod, variant.target, directory / name)
-        return manifests.Library(name, digest)
+        return schema.Library(name, digest)
 
     def _run_passes(
         self, imported: ImportedModel, records: tuple[ParamRecord, ...], target: TargetSpec
@@ -316,16 +317,16 @@ class _Compilation:
         self,
         imported: ImportedModel,
         result: CompileReport,
-        libraries: Sequence[manifests.Library],
-        parameters: tuple[manifests.Parameter, ...],
+        libraries: Sequence[schema.Library],
+        parameters: tuple[schema.Parameter, ...],
     ) -> manifests.Manifest:
         model = imported.model
         targets = [artefact.manifest_target(target) for target in self.targets]
         return manifests.Manifest(
             producer=f"gqsa-compiler {metadata.version('gqsa-compiler')}",
-            versions=manifests.Versions(str(tvm.__version__), str(tvm_ffi.__version__)),
-            variants=tuple(map(manifests.Variant, targets, libraries)),
-            model=manifests.ModelInfo(
+            versions=schema.Versions(str(tvm.__version__), str(tvm_ffi.__version__)),
+            variants=tuple(map(schema.Variant, targets, libraries)),
+            model=schema.ModelInfo(
                 name=self.source.name,
                 architecture=model.architecture,
                 vocab_size=model.vocab_size,
@@ -341,12 +342,12 @@ class _Compilation:
                 eos_token_ids=tuple(model.eos_token_ids),
                 activations=self.activations,
             ),
-            kv_cache=manifests.KVCacheInfo(
+            kv_cache=schema.KVCacheInfo(
                 kv_spec(imported, self.options.kv_cache).dtype,
                 kv_spec(imported, self.options.kv_cache).page_size,
                 result.kv_cache_bytes_per_token,
             ),
-            memory=manifests.Memory(
+            memory=schema.Memory(
                 sum(result.bytes_by_kind.values()),
                 result.kv_cache_bytes_per_token,
                 result.workspace_bytes,

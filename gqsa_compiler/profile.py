@@ -21,8 +21,8 @@ from gqsa_compiler.trace import ATTENTION, Key, Trace
 
 if TYPE_CHECKING:
     from gqsa_compiler.runtime.engine import Session
-    from gqsa_compiler.runtime.manifest import Kernel
     from gqsa_compiler.runtime.model import Model
+    from gqsa_compiler.runtime.schema import Kernel
 
 Kind = Literal["linear", "kernel", "attention", "sampling", "detokenisation", "rest"]
 

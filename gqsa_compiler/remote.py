@@ -14,14 +14,15 @@ from typing import Any
 
 import numpy as np
 
-from gqsa_compiler._tvm import rpc, tvm, tvm_ffi
+from gqsa_compiler._tvm import rpc, runtime, tvm, tvm_ffi
 from gqsa_compiler.errors import ArtefactError, GqsaError, UsageError
 from gqsa_compiler.runtime import library, params
 from gqsa_compiler.runtime.errors import last_line
 from gqsa_compiler.runtime.machine import Limits, Machine
-from gqsa_compiler.runtime.manifest import Manifest, Variant
+from gqsa_compiler.runtime.manifest import Manifest
 from gqsa_compiler.runtime.model import Model
 from gqsa_compiler.runtime.program import Program
+from gqsa_compiler.runtime.schema import Variant
 
 _SECONDS = 10  # to reach the server
 _CPU, _POOLED_ALLOCATOR = 1, 2
@@ -143,7 +144,7 @@ class _RemoteDevice:
 
     def upload(self, tensor: Any) -> Any:
         """Send a tensor of this machine."""
-        there = tvm.runtime.empty(tuple(tensor.shape), str(tensor.dtype), self._cpu)
+        there = runtime.empty(tuple(tensor.shape), str(tensor.dtype), self._cpu)
         return there.copyfrom(tensor)
 
     def download(self, tensor: Any) -> np.ndarray:

@@ -20,8 +20,8 @@ from gqsa_compiler.passes.plan import (
     np_dtype,
     tensor_bytes,
 )
-from gqsa_compiler.runtime.manifest import Kernel as KernelInfo
-from gqsa_compiler.runtime.manifest import Parameter
+from gqsa_compiler.runtime.schema import Kernel as KernelInfo
+from gqsa_compiler.runtime.schema import Parameter
 
 
 @dataclass(frozen=True)

@@ -136,21 +136,26 @@ class TargetSpec:
     def tvm_dict(self) -> dict[str, Any]:
         """Return the dictionary that `tvm.target.Target` takes."""
         if self.kind == "cuda":
-            return {
-                "kind": "cuda",
-                "arch": self.arch,
-                "max_shared_memory_per_block": self.shared_bytes,
-                "max_threads_per_block": 1024,
-                "thread_warp_size": 32,
-                "registers_per_block": 65536,
-                "host": {"kind": "llvm", "mtriple": self.triple},
-            }
+            host = {"kind": "llvm", "mtriple": self.triple}
+            return {**cuda_fields(self.arch, self.shared_bytes), "host": host}
         return {
             "kind": self.kind,
             "mtriple": self.triple,
             "mcpu": self.cpu,
             "mattr": [f"+{feature}" for feature in self.features],
         }
+
+
+def cuda_fields(arch: str, shared_bytes: int) -> dict[str, Any]:
+    """Return what TVM has to know of a GPU: without it, it takes that of one of 2015."""
+    return {
+        "kind": "cuda",
+        "arch": arch,
+        "max_shared_memory_per_block": shared_bytes,
+        "max_threads_per_block": 1024,
+        "thread_warp_size": 32,
+        "registers_per_block": 65536,
+    }
 
 
 def _flags_of(table: Mapping[str, tuple[str, ...]], features: Collection[str]) -> set[str]:

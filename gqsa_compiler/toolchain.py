@@ -106,6 +106,20 @@ def program_linker(target: TargetSpec) -> Linker:
     return Linker((zig, "c++", "-target", "aarch64-linux-musl", "-static", stack, *common))
 
 
+def package_folder(name: str) -> Path:
+    """Return the folder of an installed package.
+
+    Raises
+    ------
+    CompileError
+        It is not installed.
+    """
+    spec = util.find_spec(name)
+    if spec is None or spec.origin is None:
+        raise CompileError(f"The package {name} is not installed.")
+    return Path(spec.origin).parent
+
+
 def find_zig() -> str | None:
     """Find zig: on the PATH, else in the Python package ``ziglang``."""
     found = shutil.which("zig")

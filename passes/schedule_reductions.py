@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from gqsa_compiler._tvm import Schedule, tirx, tvm
+from gqsa_compiler._tvm import Schedule, ScheduleError, tirx, tvm
 from gqsa_compiler.schedules.generic.emit import SCHEDULED
 
 _LANES = (16, 8, 4)
@@ -64,7 +64,7 @@ def _inlined(sch: Schedule, block: Any) -> bool:
         return False
     try:
         sch.compute_inline(block)
-    except tvm.s_tir.ScheduleError:
+    except ScheduleError:
         return False
     return True
 

@@ -6,7 +6,7 @@ quarters of the calls of a decoded token were such repetitions (3% of the time o
 
 from __future__ import annotations
 
-from gqsa_compiler._tvm import relax, structural_equal, structural_hash, tvm
+from gqsa_compiler._tvm import relax, structural_equal, structural_hash, tirx, tvm
 from gqsa_compiler.passes.rewriter import Expr, key
 
 _VIEWS = frozenset(
@@ -76,7 +76,7 @@ def _equal(a: relax.Call, b: relax.Call) -> bool:
 
 def _is_constant(func: Expr) -> bool:
     """Say whether a host function computes a number from nothing."""
-    return isinstance(func, tvm.tirx.PrimFunc) and not func.params
+    return isinstance(func, tirx.PrimFunc) and not func.params
 
 
 def _renamed(value: Expr, names: dict[int, relax.Var]) -> Expr:

@@ -26,18 +26,15 @@ _MEMORY_WORDS = ("out of memory", "cudaErrorMemoryAllocation", "bad_alloc")
 
 @dataclass(frozen=True)
 class Device:
-    """One device.
+    """One device: of GPUs the first that the driver shows, which CUDA_VISIBLE_DEVICES chooses.
 
     Parameters
     ----------
     kind : int
         DLPack's number of its type.
-    index : int
-        Which one of its type.
     """
 
     kind: int = CPU
-    index: int = 0
 
     @property
     def is_cpu(self) -> bool:
@@ -47,7 +44,7 @@ class Device:
     @property
     def vm_arguments(self) -> tuple[int, ...]:
         """What the virtual machine is initialised with: this device, and the CPU for shapes."""
-        own = (self.kind, self.index, _POOLED_ALLOCATOR)
+        own = (self.kind, 0, _POOLED_ALLOCATOR)
         return own if self.is_cpu else (*own, CPU, 0, _POOLED_ALLOCATOR)
 
     def upload(self, tensor: Any) -> Any:
@@ -67,8 +64,8 @@ class Device:
         except Exception as error:
             if out_of_memory(error):
                 raise ArtefactError(
-                    f"GPU {self.index} is out of memory while the weights are loaded; free some, "
-                    "or choose a model that fits."
+                    "The GPU is out of memory while the weights are loaded; free some, or choose "
+                    "a model that fits."
                 ) from None
             raise
 
@@ -94,7 +91,7 @@ class Device:
         """Return the bytes of memory that are free; None on the CPU, whose pages come when used."""
         if self.is_cpu:
             return None
-        return int(_call("runtime.GetDeviceAttr", self.kind, self.index, _AVAILABLE_MEMORY))
+        return int(_call("runtime.GetDeviceAttr", self.kind, 0, _AVAILABLE_MEMORY))
 
     def copy_bandwidth(self, size: int = _COPIED_BYTES, repeats: int = 10) -> float:
         """Measure the rate at which this device copies its own memory.
@@ -116,7 +113,7 @@ class Device:
     @property
     def memory(self) -> Any:
         """DLPack's name of this device, for TVM."""
-        return tvm_ffi.device(_NAMES[self.kind], self.index)
+        return tvm_ffi.device(_NAMES[self.kind], 0)
 
     def empty(self, shape: Sequence[int], dtype: Any) -> Any:
         """Make a tensor on this device, of whatever its memory holds."""

@@ -34,7 +34,8 @@ class Session:
     program : Program
         The code and weights.
     threads : int, optional
-        Worker threads; one for every core this process may use unless given.
+        Worker threads; one for every core this process may use unless given. A GPU is
+        asked by one thread of a process, however many are given.
     context_length, max_batch : int, optional
         Tokens a sequence may have, and sequences at once; the artefact's own unless given. The
         cache reserves ``context_length * max_batch`` tokens of address space; memory is used as
@@ -60,9 +61,6 @@ class Session:
         self.context_length = _limit("context_length", context_length, model.context_length)
         self.max_batch = _limit("max_batch", max_batch, model.max_batch)
         self._device = program.device
-        self.memory = self._fit(
-            program.manifest, fewer=max_batch is None, shorter=context_length is None
-        )
         self.vocab_size = model.vocab_size
         allowed = cpus.allowed_cpus()
         if threads is not None and not 1 <= threads <= len(allowed):
@@ -73,6 +71,7 @@ class Session:
         self.threads = threads or cpus.default_threads()
         self._chunk = model.prefill_chunk
         self._manifest = program.manifest
+        self._program = program  # a GPU frees its weights after its sessions
         self._parameters = program.parameters
         self.adapters = Adapters(program.manifest, program.parameters)
         self._chosen: dict[int, str] = {}
@@ -81,17 +80,23 @@ class Session:
         self._opening = threading.Lock()
         self._closed = False
         self._left = deque[Callable[[], object]]()
-        self._workers = Workers.share(allowed[: self.threads])
-        limits = Limits(self.context_length, self.max_batch)
+        on_gpu = not self._device.is_cpu
+        self._workers = Workers.share(allowed[: self.threads], gpu=on_gpu)
         try:
+            self.memory = self._fit(
+                program.manifest, fewer=max_batch is None, shorter=context_length is None
+            )
+            limits = Limits(self.context_length, self.max_batch)
             self._machine = self._on_thread(program.machine, limits)
         except BaseException:
             self._workers.release()
             raise
+        if on_gpu:
+            self._workers.after(self, self._machine.free)
 
     def _fit(self, manifest: Manifest, *, fewer: bool, shorter: bool) -> MemorySum | None:
         """Fit the limits into a GPU's memory; a CPU's pages are taken as they are used."""
-        free = self._device.free_bytes()
+        free = None if self._device.is_cpu else self._on_thread(self._device.free_bytes)
         if free is None:
             return None
         found = fit_cache(
@@ -243,10 +248,7 @@ class Session:
         if self._chosen:
             groups = together([self._chosen.get(sequence) for sequence in sequences])
             if len(groups) > 1:
-                logits = np.empty((len(ids), self.vocab_size), np.float32)
-                for group in groups:
-                    logits[group] = self.decode([sequences[i] for i in group], ids[group])
-                return logits
+                return self._on_thread(self._decode_groups, groups, sequences, ids)
         if self._machine.graphs is None or sequences[0] in self._chosen:
             rows = np.arange(len(sequences), dtype=np.int32)
             code = self._code("forward", sequences[0])
@@ -254,6 +256,26 @@ class Session:
         lengths = [self._lengths[sequence] + 1 for sequence in sequences]
         play = partial(self._machine.play, lengths, self._parameters, draws)
         return self._pass(sequences, ids, play)
+
+    def _decode_groups(
+        self, groups: list[list[int]], sequences: Sequence[int], ids: np.ndarray
+    ) -> np.ndarray:
+        """Decode sequences of several adapters, a group each; all of them, or none where one fails.
+
+        `groups` are places in `sequences`.
+        """
+        logits = np.empty((len(ids), self.vocab_size), np.float32)
+        done: list[int] = []
+        try:
+            for group in groups:
+                members = [sequences[i] for i in group]
+                logits[group] = self.decode(members, ids[group])
+                done += members
+        except BaseException:
+            for sequence in done:
+                self.rewind(sequence, self._lengths[sequence] - 1)
+            raise
+        return logits
 
     def can_choose(self, sequences: Sequence[int]) -> bool:
         """Tell whether `decode` can choose the next tokens: a GPU's can, without adapters."""
@@ -314,7 +336,9 @@ class Session:
         self._left.append(function)
 
     def check_tokens(self, tokens: Sequence[int] | np.ndarray) -> np.ndarray:
-        """Return token ids as int32 [n]: the compiled embedding would read whatever lies there.
+        """Return token ids as int32 [n], all of the vocabulary.
+
+        The compiled embedding would say nothing of another one: it takes the nearest row.
 
         Raises
         ------

@@ -109,8 +109,10 @@ def open_driver(library: str = _LIBRARY) -> CudaDriver:
     return driver
 
 
-def check_gpu(name: str, code: Sequence[str], driver: Driver, device: int = 0) -> None:
+def check_gpu(name: str, code: Sequence[str], driver: Driver) -> None:
     """Refuse a driver that is too old, and a GPU that none of the code is for.
+
+    It is the first that the driver shows: of several CUDA_VISIBLE_DEVICES chooses.
 
     Parameters
     ----------
@@ -119,24 +121,18 @@ def check_gpu(name: str, code: Sequence[str], driver: Driver, device: int = 0) -
     code : sequence of str
         What the artefact holds: ``sm_90`` (machine code) or ``compute_80`` (PTX), see `runs`.
     driver : Driver
-    device : int
-        The GPU's number.
 
     Raises
     ------
     ArtefactError
     """
-    if not 0 <= device < driver.count():
-        raise ArtefactError(
-            f"There is no GPU {device} here; the driver finds {driver.count()}, counted from 0."
-        )
     have = driver.version()
     if have < LEAST_DRIVER:
         raise ArtefactError(
             f"NVIDIA's driver is too old: it knows CUDA {have[0]}.{have[1]} and "
             f"{LEAST_DRIVER[0]}.{LEAST_DRIVER[1]} is needed; install driver 580 or later."
         )
-    capability = driver.capability(device)
+    capability = driver.capability(0)
     if not any(runs(item, capability) for item in code):
         major, minor = capability
         if capability in _BUILT_FOR:
@@ -147,7 +143,7 @@ def check_gpu(name: str, code: Sequence[str], driver: Driver, device: int = 0) -
             remedy = "the kernels need 8.0 or later; compile for this machine's CPU (--target cpu)"
         raise ArtefactError(
             f"This artefact was compiled for {name} ({', '.join(code)}) and the GPU here, "
-            f"{driver.name(device)}, has compute capability {major}.{minor}; {remedy}."
+            f"{driver.name(0)}, has compute capability {major}.{minor}; {remedy}."
         )
 
 

@@ -13,8 +13,8 @@ can be played again only while these hold. What they are, and who sees to it:
 - scratch that a kernel takes while it is launched: TVM's pool for it frees a block for a larger one
   when it needs one. `Scratch` says where its blocks are; have they moved, all graphs are forgotten.
 
-Nothing else may be asked of the GPU while a graph is captured: sessions share one thread (those of
-as many threads, `workers`), so that none is in another's way.
+Nothing else may be asked of the GPU while a graph is captured: all that a process asks of it is
+asked on one thread (`workers`), so that no session is in another's way.
 """
 
 from __future__ import annotations
@@ -36,10 +36,11 @@ MOST_GRAPHS = 128
 """Graphs that a session keeps; each has a few hundred launches, which take memory of the GPU."""
 _PAGES_A_LAYOUT = 4
 """Page numbers, 4 bytes each, in the 16 bytes that the cache's tables are aligned to."""
-_BLOCKS = 4
-"""Blocks of scratch held at once: no kernel takes more than three."""
-_SHARES = 64  # of `schedules.cuda.attention_decode`
-_MOST_SCRATCH = 64 << 20
+SCRATCH = (64 << 20, 1 << 20, 1 << 20, 1 << 20)
+"""Bytes of the blocks that the pool has from the start; no kernel takes more than three at once.
+That is what attention takes for 32 sequences with 8192 features of q: a sum for each of the 64
+shares that it divides a sequence into. Where more is needed, as for a prompt, the pool moves them.
+They are part of `devices._RUNTIME_BYTES`."""
 _RUNTIME = "libtvm_runtime.so"
 
 
@@ -49,8 +50,9 @@ class Scratch:
     Parameters
     ----------
     device : Device
-    largest : int
-        Bytes that the pool's largest block has from now on, so that it is rarely made larger.
+    sizes : sequence of int
+        Bytes that the pool's blocks have from now on, the largest first, so that they are rarely
+        made larger.
 
     Raises
     ------
@@ -58,20 +60,21 @@ class Scratch:
         TVM's: the device has not enough memory.
     """
 
-    def __init__(self, device: Device, largest: int) -> None:
+    def __init__(self, device: Device, sizes: Sequence[int]) -> None:
         runtime = ctypes.CDLL(_RUNTIME, mode=os.RTLD_LAZY | os.RTLD_NOLOAD)
         self._alloc, self._free = runtime.TVMBackendAllocWorkspace, runtime.TVMBackendFreeWorkspace
         self._alloc.restype = ctypes.c_void_p
         number = ctypes.c_int
         self._alloc.argtypes = [number, number, ctypes.c_uint64, number, number]
         self._free.argtypes = [number, number, ctypes.c_void_p]
-        self._where = (device.memory.dlpack_device_type(), device.index)
-        device.empty((largest,), "uint8")  # an exception here: from the pool's it cannot come
-        self._hold([largest] + [1] * (_BLOCKS - 1))
+        self._where = (device.memory.dlpack_device_type(), 0)
+        self._blocks = len(sizes)
+        device.empty((sum(sizes),), "uint8")  # an exception here: from the pool's it cannot come
+        self._hold(sizes)
 
     def places(self) -> frozenset[int]:
         """Return the addresses of its blocks."""
-        return self._hold([1] * _BLOCKS)
+        return self._hold([1] * self._blocks)
 
     def _hold(self, sizes: Sequence[int]) -> frozenset[int]:
         """Take so many blocks at once and give them back."""
@@ -120,7 +123,6 @@ class DecodeGraphs:
         load: Callable[[], Mapping[str, Any]],
         max_batch: int,
         page_size: int,
-        hidden_size: int,
     ) -> DecodeGraphs:
         """Make a session's graphs, with scratch that lasts for most contexts.
 
@@ -129,17 +131,15 @@ class DecodeGraphs:
         UsageError
             There is no memory left for it.
         """
-        # The shares of attention take most: a head's sum for each of up to 64 of a sequence.
-        largest = min(_SHARES * 4 * max_batch * hidden_size, _MOST_SCRATCH)
         try:
-            return cls(device, load, max_batch, page_size, Scratch(device, largest))
+            return cls(device, load, max_batch, page_size, Scratch(device, SCRATCH))
         except Exception as error:
             if not out_of_memory(error):
                 raise
             raise UsageError(
-                f"GPU {device.index} is out of memory: beside the weights and the cache there is "
-                "no room for what a pass computes with; ask for a smaller context or batch, or "
-                "end what else runs on it."
+                "The GPU is out of memory: beside the weights and the cache there is no room for "
+                "what a pass computes with; ask for a smaller context or batch, or end what else "
+                "runs on it."
             ) from None
 
     def run(self, tokens: np.ndarray, lengths: Sequence[int], cache: Any, parameters: Any) -> Any:

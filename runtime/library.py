@@ -13,7 +13,7 @@ import importlib.util
 import re
 import sys
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,8 @@ from typing import Any
 from gqsa_compiler.runtime.cpus import host_arch, host_flags
 from gqsa_compiler.runtime.errors import ArtefactError, UsageError
 from gqsa_compiler.runtime.gpus import CUDA, check_gpu, open_driver
-from gqsa_compiler.runtime.manifest import Manifest, Target, Variant
+from gqsa_compiler.runtime.manifest import Manifest
+from gqsa_compiler.runtime.schema import Target, Variant
 
 RUNTIME_LIBRARIES = ("libtvm_runtime.so", "libtvm_runtime_extra.so")
 """TVM's runtime, in loading order."""
@@ -67,11 +68,8 @@ def check(directory: Path, manifest: Manifest, variant: Variant) -> list[Path]:
     path = directory / variant.library.file
     if variant.library.file == PROGRAM:
         raise ArtefactError(f"The model's code is in a program of its own: run {path}.")
-    libraries = find_runtime(directory, manifest)
-    if variant.target.device_type == CUDA:
-        libraries.append(libraries[0].with_name(CUDA_LIBRARY))
-        if not libraries[-1].is_file():
-            raise ArtefactError(f"TVM's runtime is incomplete: there is no {libraries[-1]}.")
+    more = [CUDA_LIBRARY] if variant.target.device_type == CUDA else []
+    libraries = find_runtime(directory, manifest, more)
     check_code(path, variant)
     return libraries
 
@@ -168,13 +166,22 @@ def check_target(target: Target, cpuinfo: Path = _CPUINFO) -> None:
         )
 
 
-def find_runtime(directory: Path, manifest: Manifest) -> list[Path]:
+def find_runtime(directory: Path, manifest: Manifest, more: Sequence[str] = ()) -> list[Path]:
     """Find TVM's runtime libraries: the bundle's, else those of the installed apache-tvm.
+
+    Parameters
+    ----------
+    directory : Path
+        The artefact.
+    manifest : Manifest
+    more : sequence of str
+        Names of others that are needed from the same place.
 
     Raises
     ------
     ArtefactError
-        There are none, or their version is not the one the artefact was compiled with.
+        There are none, their version is not the one the artefact was compiled with, or a bundle's
+        hash is wrong.
 
     """
     check_ffi(manifest.versions.tvm_ffi)
@@ -196,24 +203,24 @@ def find_runtime(directory: Path, manifest: Manifest) -> list[Path]:
                 f"installed; install that version or compile again."
             )
         folder = Path(spec.origin).parent / "lib"
-    paths = [folder / name for name in RUNTIME_LIBRARIES]
+    paths = [folder / name for name in (*RUNTIME_LIBRARIES, *more)]
     for path in paths:
         if not path.is_file():
             raise ArtefactError(f"TVM's runtime is incomplete: there is no {path}.")
     if folder == bundle and (bundle / SUMS).is_file():  # a release before this one wrote none
-        _check_bundle(bundle)
+        _check_bundle(bundle / SUMS, paths)
     return paths
 
 
-def _check_bundle(bundle: Path) -> None:
+def _check_bundle(file: Path, libraries: Sequence[Path]) -> None:
     """Compare a bundle's libraries with the hashes that it was made with."""
-    words = (bundle / SUMS).read_text(encoding="utf-8", errors="replace").split()
+    words = file.read_text(encoding="utf-8", errors="replace").split()
     sums = dict(zip(words[1::2], words[::2], strict=False))
-    for name in RUNTIME_LIBRARIES:
-        if sums.get(name) != hashlib.sha256((bundle / name).read_bytes()).hexdigest():
+    for path in libraries:
+        if sums.get(path.name) != hashlib.sha256(path.read_bytes()).hexdigest():
             raise ArtefactError(
-                f"{bundle / name} is damaged: its SHA-256 is not that in {SUMS}; copy the "
-                "artefact again."
+                f"{path} is damaged: its SHA-256 is not that in {file.name}; copy the artefact "
+                "again."
             )
 
 

@@ -18,6 +18,7 @@ from gqsa_compiler.runtime.devices import Device, aligned, out_of_memory
 from gqsa_compiler.runtime.errors import ArtefactError, UsageError, last_line
 from gqsa_compiler.runtime.graphs import DecodeGraphs
 from gqsa_compiler.runtime.manifest import Manifest
+from gqsa_compiler.runtime.workers import forget_frames
 
 
 class Instrument(Protocol):
@@ -105,10 +106,7 @@ class Machine:
         self._end = self._builtin("vm.builtin.kv_state_end_forward")
         self.graphs: DecodeGraphs | None = None
         if graphs.DECODE in self._functions:
-            hidden = manifest.model.hidden_size
-            self.graphs = DecodeGraphs.of(
-                device, self._reload, limits.max_batch, cache.page_size, hidden
-            )
+            self.graphs = DecodeGraphs.of(device, self._reload, limits.max_batch, cache.page_size)
 
     def _load(self) -> Mapping[str, Any]:
         """Make a virtual machine; return its functions by name."""
@@ -170,11 +168,14 @@ class Machine:
             done = True
             return result
         except Exception as error:
-            if self._device.is_cpu or not out_of_memory(error):
+            if self._device.is_cpu:
+                raise
+            forget_frames(error)
+            if not out_of_memory(error):
                 raise
             raise UsageError(
-                f"GPU {self._device.index} is out of memory in the middle of a pass; ask for a "
-                "smaller context or batch, or end what else runs on it."
+                "The GPU is out of memory in the middle of a pass; ask for a smaller context or "
+                "batch, or end what else runs on it."
             ) from None
         finally:
             self._end(self._kv)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections import deque
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -19,6 +18,7 @@ from gqsa_compiler.runtime.engine import Session
 from gqsa_compiler.runtime.errors import ArtefactError, UsageError
 from gqsa_compiler.runtime.generation import Generation, Options, Request, advance
 from gqsa_compiler.runtime.generation_config import GENERATION_CONFIG, check_generation_config
+from gqsa_compiler.runtime.json_file import read_json
 from gqsa_compiler.runtime.manifest import Manifest
 from gqsa_compiler.runtime.program import Program
 from gqsa_compiler.runtime.stream import TextStream, in_slices
@@ -353,16 +353,9 @@ class Model:
 def _read_json(path: Path) -> dict[str, Any]:
     """Read an optional file of settings; empty where there is none."""
     try:
-        data = json.loads(path.read_text(encoding="utf-8"), parse_constant=_no_number)
+        data = read_json(path)
     except FileNotFoundError:
         return {}
-    except (OSError, ValueError, RecursionError) as error:
-        raise ArtefactError(f"{path} cannot be read: {error}.") from None
     if not isinstance(data, dict):
         raise ArtefactError(f"{path} should hold one JSON object.")
     return data
-
-
-def _no_number(name: str) -> float:
-    """Refuse NaN and Infinity, which are no JSON."""
-    raise ValueError(f"{name} is not JSON")

@@ -6,19 +6,11 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from gqsa_compiler.runtime.checks import check_files
+from gqsa_compiler.runtime.decoding import decode, plain
 from gqsa_compiler.runtime.errors import ArtefactError
-from gqsa_compiler.runtime.manifest import (
-    MANIFEST_FILE,
-    MODULE_FORMAT,
-    Document,
-    Kernel,
-    Parameter,
-    Variant,
-    Versions,
-    check_files,
-    decode,
-    plain,
-)
+from gqsa_compiler.runtime.manifest import MANIFEST_FILE, MODULE_FORMAT, Document
+from gqsa_compiler.runtime.schema import Kernel, Parameter, Variant, Versions
 
 MODULE_FORMAT_VERSION = 1
 _DTYPES = (

@@ -18,7 +18,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from gqsa_compiler.runtime.errors import ArtefactError
-from gqsa_compiler.runtime.manifest import Parameter
+from gqsa_compiler.runtime.schema import Parameter
 
 ALIGNMENT = 64
 _HEADER_RESERVE = 1 << 18  # bytes kept free for the header while the tensors stream by

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
-from gqsa_compiler.runtime import library, params
+from gqsa_compiler.runtime import cpus, library, params
 from gqsa_compiler.runtime._ffi import tvm_ffi
 from gqsa_compiler.runtime.devices import Device
 from gqsa_compiler.runtime.machine import Limits, Machine
 from gqsa_compiler.runtime.manifest import Manifest
+from gqsa_compiler.runtime.workers import Workers
 
 
 class Program:
@@ -54,13 +57,31 @@ class Program:
         self.device = Device(self.variant.target.device_type)
         # A typed view made by TVM itself: numpy has no bfloat16 to say it in.
         create_view = tvm_ffi.get_global_func("runtime.TVMTensorCreateView")
-        uploaded = []
+        here = []
         for view, parameter in zip(views, manifest.parameters, strict=True):
             shape, dtype = tvm_ffi.Shape(parameter.shape), tvm_ffi.dtype(parameter.dtype)
-            here = create_view(tvm_ffi.from_dlpack(view), shape, dtype, 0)
-            uploaded.append(self.device.upload(here))
-        self.parameters = tvm_ffi.Array(uploaded)
+            here.append(create_view(tvm_ffi.from_dlpack(view), shape, dtype, 0))
+        self.parameters = self._upload(here)
+
+    def _upload(self, tensors: Sequence[Any]) -> Any:
+        """Bring parameters to the device: to a GPU on its thread, which frees them too."""
+
+        def upload() -> Any:
+            return tvm_ffi.Array([self.device.upload(tensor) for tensor in tensors])
+
+        if self.device.is_cpu:
+            return upload()
+        # Kept for the program's life and not released: the thread ends with its last owner.
+        workers = Workers.share(cpus.allowed_cpus()[: cpus.default_threads()], gpu=True)
+        parameters = upload() if workers.here else workers.call(upload)
+        workers.after(self, _nothing, parameters, self.module)
+        self._workers = workers
+        return parameters
 
     def machine(self, limits: Limits) -> Machine:
         """Make a session's virtual machine and cache, on its thread."""
         return Machine(self.module, self.manifest, self.device, limits)
+
+
+def _nothing(*_held: object) -> None:
+    pass

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 import threading
 import time
 from pathlib import Path
@@ -34,6 +35,62 @@ def test_another_exception_is_named(capfd: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(CompileError, match="ValueError: seven"):
         run_in_child(fail, "Work")
     assert "Traceback" in capfd.readouterr().err
+
+
+class Closed:
+    """A stream that the child cannot write to; the parent, which is tested with it, can."""
+
+    def __init__(self, error: type[Exception]) -> None:
+        self._error, self._parent = error, os.getpid()
+
+    def write(self, _text: str) -> int:
+        """Fail."""
+        raise self._error("gone")
+
+    def flush(self) -> None:
+        """Fail in the child."""
+        if os.getpid() != self._parent:
+            raise self._error("gone")
+
+
+@pytest.mark.parametrize("stream", ["stdout", "stderr"])
+@pytest.mark.parametrize("error", [BrokenPipeError, RuntimeError])
+def test_the_parents_clean_up_runs_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stream: str, error: type[Exception]
+) -> None:
+    """Also where the child cannot even print what went wrong."""
+
+    def fail() -> None:
+        raise ValueError("seven")
+
+    def run() -> None:
+        try:
+            run_in_child(fail, "Work")
+        finally:
+            with log.open("a", encoding="utf-8") as file:
+                print(os.getpid(), file=file)
+
+    monkeypatch.setattr(sys, stream, Closed(error))
+    log = tmp_path / "cleaned"
+    with pytest.raises(CompileError, match=r"^ValueError: seven$"):
+        run()
+    assert log.read_text() == f"{os.getpid()}\n"
+
+
+def test_work_that_is_done_needs_no_streams(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "stdout", Closed(BrokenPipeError))
+    run_in_child(lambda: (tmp_path / "done").write_text("yes") and None, "Work")
+    assert (tmp_path / "done").read_text() == "yes"
+
+
+def test_a_message_that_is_no_text() -> None:
+    def fail() -> None:
+        raise CompileError("No file \udcff.")
+
+    with pytest.raises(CompileError, match=r"^No file \?\.$"):
+        run_in_child(fail, "Work")
 
 
 @pytest.mark.parametrize(

@@ -56,6 +56,7 @@ def test_another_quantisers_layers_are_there_one_at_a_time(
         return layer
 
     monkeypatch.setattr(source.checkpoint, "layer", watched)
+    gc.freeze()  # what other tests have left would be looked through for every layer
     weights = ModelWeights(source, import_model(source, context_length=64))
     records = [record for record in weights.records() if record.storage == "bsr"]
     assert {record.name for record in records} == set(want)
@@ -68,6 +69,7 @@ def test_another_quantisers_layers_are_there_one_at_a_time(
         )
         assert (f"int{layer.bits}", layer.symmetric) == (record.dtype, record.symmetric)
         np.testing.assert_array_equal(to_dense(layer), want[record.name])
+    gc.unfreeze()
     # One that the caller holds, and the next one.
     assert (len(counts), max(counts)) == (2 * LAYERS, 2)
 

@@ -13,7 +13,8 @@ from gqsa_compiler import compile as gqsa_compile
 from gqsa_compiler import runtime
 from gqsa_compiler.errors import ArtefactError
 from gqsa_compiler.profile import REST, PhaseProfile, Profile, profile_model, role
-from gqsa_compiler.runtime.manifest import Manifest, Parameter
+from gqsa_compiler.runtime.manifest import Manifest
+from gqsa_compiler.runtime.schema import Parameter
 from gqsa_compiler.trace import ATTENTION, Trace
 from tests.tiny_checkpoints import make_checkpoint
 from tests.tiny_models import make_tiny

@@ -34,7 +34,7 @@ def prepare_roofline(plan: Plan) -> Iterator[Measurement]:
         tokens = [index % model.manifest.model.vocab_size for index in range(prompt)]
         chunk = model.manifest.model.prefill_chunk
 
-        def measure(index: int) -> Round:
+        def measure(_index: int) -> Round:
             given = None if plan.peak is None else {"given": plan.peak}
             return {
                 "read_bandwidth": measure_read_bandwidth(plan.threads),
@@ -90,7 +90,7 @@ def _identity(line: ProfileLine) -> tuple[object, ...]:
     return line.name, line.kernel, line.weight, line.n, line.k
 
 
-def roofline_result(about: Mapping[str, Any], rounds: Sequence[Round]) -> dict[str, Any]:
+def roofline_result(_about: Mapping[str, Any], rounds: Sequence[Round]) -> dict[str, Any]:
     """Sum up: a product and its addition are two operations, dropped weights are none."""
     groups: dict[tuple[object, ...], list[dict[str, Any]]] = {}
     for found in rounds:

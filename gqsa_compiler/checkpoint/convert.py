@@ -88,7 +88,7 @@ def from_codes(
     ------
     CheckpointError
         There are no codes of so many bits, shapes do not agree, a code or zero point does not fit,
-        or a scale is not finite in float16.
+        a scale is not finite in float16, or all scales become 0 in it.
     """
     _check_bits(name, bits)
     n, k = shape
@@ -113,6 +113,8 @@ def from_codes(
     kept_zeros = None if zeros is None else _packed(name, "zero point", zeros[keep], bits)
     with np.errstate(over="ignore"):  # an infinity is what validate_layer reports
         kept_scales = scales[keep].astype(np.float16)
+    if not kept_scales.any() and scales[keep].any():
+        raise CheckpointError(f"Layer {name!r} has only scales that float16 rounds to 0.")
     layer = BSRLayer(
         name=name,
         shape=(n, k),
@@ -159,8 +161,8 @@ def from_dense(
     Raises
     ------
     CheckpointError
-        G does not divide K, there are no codes of so many bits, a weight is not finite, or a
-        group's scale overflows float16.
+        G does not divide K, there are no codes of so many bits, a weight is not finite, a group's
+        scale overflows float16, or all weights are so small that they become 0.
     """
     n, k = weight.shape
     if group_size < 1 or k % group_size:
@@ -179,8 +181,11 @@ def from_dense(
         wide = np.maximum(-low / middle, high / (top - middle))
     with np.errstate(over="ignore"):
         scales = wide.astype(np.float16)
-    # A scale of 0 could not be divided by; the smallest float16 loses nothing.
-    scales = np.maximum(scales, np.finfo(np.float16).smallest_subnormal)
+    # A scale of 0 could not be divided by. Beside larger groups the smallest float16 loses nothing.
+    least = np.finfo(np.float16).smallest_subnormal
+    scales = np.maximum(scales, least)
+    if 0 < np.abs(groups[keep]).max(initial=0.0) <= float(least) / 2:
+        raise CheckpointError(f"Layer {name!r} holds weights too small for a float16 scale.")
     if not np.isfinite(scales[keep]).all():
         raise CheckpointError(f"Layer {name!r} holds weights too large for a float16 scale.")
     steps = np.where(np.isfinite(scales), scales, 1).astype(np.float32)

@@ -31,11 +31,6 @@ def shard_file(number: int, total: int) -> str:
     return f"model-{number:05d}-of-{total:05d}.safetensors"
 
 
-def is_weight_file(name: str) -> bool:
-    """Whether `name` is one that the writer uses for weights, finished or not."""
-    return name.endswith((".safetensors", ".safetensors.index.json", ".spool", ".part"))
-
-
 def is_plain_shard_name(name: object) -> bool:
     """Whether `name`, from an index file, stays within its directory."""
     return isinstance(name, str) and bool(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
@@ -19,7 +18,6 @@ from gqsa_compiler.checkpoint.names import (
     CONFIG_FILE,
     MARKER,
     is_tied_head,
-    is_weight_file,
     layer_of,
 )
 from gqsa_compiler.checkpoint.safetensors_file import FLOAT_DTYPES, METADATA_KEY
@@ -158,23 +156,6 @@ class CheckpointWriter:
         self._add({name: array})
         if name.endswith(".bias"):
             self._bias_rows[name.removesuffix(".bias")] = array.shape
-
-    def copy_file(self, path: str | os.PathLike[str]) -> None:
-        """Copy a file, such as tokenizer.json, under its own name.
-
-        Raises
-        ------
-        CheckpointError
-            It does not exist, or its name is taken.
-        """
-        source = Path(path)
-        target = self.directory / source.name
-        reserved = source.name == CONFIG_FILE or is_weight_file(source.name)
-        if target.exists() or reserved:
-            raise CheckpointError(f"{source} cannot be copied: the name {source.name} is taken.")
-        if not source.is_file():
-            raise CheckpointError(f"There is no file {source} to copy.")
-        shutil.copyfile(source, target)
 
     def __enter__(self) -> CheckpointWriter:
         staged = staged_directory(self._target, overwrite=self._overwrite)

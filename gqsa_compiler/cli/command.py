@@ -80,7 +80,8 @@ def describe(error: BaseException) -> tuple[str, int]:
     if out_of_memory(error):
         detail = f" ({str(error).splitlines()[0]})" if str(error) else ""
         return (
-            f"Not enough memory{detail}; use a smaller --context, or a machine with more.",
+            f"Not enough memory{detail}; free some, use a machine with more, or a smaller "
+            "--context where the verb has it.",
             EXIT_FAILURE,
         )
     if isinstance(error, OSError) and error.strerror:

@@ -26,9 +26,10 @@ def compile_(
         str,
         typer.Option(
             help="cpu (this machine), x86-64-v3, x86-64-v4, x86-64-v4-bf16, aarch64, "
-            "aarch64-i8mm, android-arm64, cuda (the GPU here, else any since sm_80) or "
-            "cuda:sm_80, 86, 89, 90, or a GPU's name (nvidia/nvidia-h100); several with commas "
-            "between them: code for each, and one copy of the weights."
+            "aarch64-i8mm, aarch64:NAME (a core: aarch64:cortex-a76), android-arm64, cuda (the GPU "
+            "here, else any since sm_80), cuda:sm_80, cuda:sm_86, cuda:sm_89, cuda:sm_90, or a "
+            "GPU's name (nvidia/nvidia-h100). Several CPUs of one architecture with commas between "
+            "them: code for each, and one copy of the weights."
         ),
     ] = "cpu",
     output: Annotated[
@@ -63,7 +64,10 @@ def compile_(
     ] = "auto",
     head: Annotated[
         Literal["int8", "stored"],
-        typer.Option(help="The language-model head of a compressed model: 8 bits, or as stored."),
+        typer.Option(
+            help="A language-model head that the checkpoint holds in 16 bits: rounded to 8, or as "
+            "stored. A compressed head stays as it is."
+        ),
     ] = "int8",
     kv_cache: Annotated[
         Literal["float16", "float32"],
@@ -76,13 +80,13 @@ def compile_(
         bool,
         typer.Option(
             "--bundle",
-            help="Add TVM's runtime libraries and gqsa-run, if it is built (8 MB): neither TVM "
-            "nor Python is needed then.",
+            help="Add TVM's runtime libraries and, for a CPU, gqsa-run, if it is built (8 MB): "
+            "neither TVM nor, with gqsa-run, Python is needed then.",
         ),
     ] = False,
     no_fallback: Annotated[
         bool,
-        typer.Option("--no-fallback", help="Fail where a layer cannot run as sparse INT4."),
+        typer.Option("--no-fallback", help="Fail where a layer cannot run compressed."),
     ] = False,
     debug_dump: Annotated[
         Path | None, typer.Option(help="Write the module after every phase into this directory.")

@@ -8,11 +8,11 @@ from gqsa_compiler.cli.console import emit_table
 from gqsa_compiler.units import bytes_text, seconds_text
 
 _KINDS = {
-    "compressed": "sparse INT4 layers",
-    "head": "language-model head, 8 bits",
+    "compressed": "compressed layers",
+    "head": "head, rounded to 8 bits",
     "dense_linear": "dense linear layers",
     "tables": "embedding and RoPE tables",
-    "other": "norms, biases, tables",
+    "other": "norms, biases",
     "adapters": "LoRA adapters",
 }
 _SOURCES = {
@@ -41,7 +41,7 @@ def print_report(report: dict[str, Any]) -> None:
     table.add_row("all", bytes_text(total), "")
     emit_table(table)
     if report["bits_per_weight"]:
-        print(f"\nbits a weight of the sparse layers, packed   {report['bits_per_weight']:.3f}")
+        print(f"\nbits a weight of the compressed layers, packed   {report['bits_per_weight']:.3f}")
     if report["kv_cache_bytes_per_token"]:  # not so for a module
         print(
             f"read to decode a token   {bytes_text(report['bytes_per_token'])}\n"
@@ -81,7 +81,7 @@ def _print_fallbacks(fallbacks: list[dict[str, Any]]) -> None:
     extra = sum(entry["extra_bytes"] for entry in fallbacks)
     print(
         f"{len(fallbacks)} linear layer{'s' if len(fallbacks) > 1 else ''} stayed dense "
-        f"and cost {bytes_text(extra)} more a token than sparse INT4:"
+        f"and cost {bytes_text(extra)} more a token than compressed:"
     )
     for entry in fallbacks[:_SHOWN]:
         print(

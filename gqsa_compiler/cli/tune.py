@@ -44,7 +44,7 @@ def tune(
     threads: options.Threads = None,
     search: Annotated[
         Literal["model", "random", "all"],
-        typer.Option(help="By a cost model that learns on the way, at random, or all."),
+        typer.Option(help="By a cost model that learns on the way, at random, or everything."),
     ] = "model",
     seed: Annotated[int, typer.Option(help="Seed of the search and of the data.")] = 0,
     resume: Annotated[

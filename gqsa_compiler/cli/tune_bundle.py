@@ -27,7 +27,7 @@ def export(
         typer.Option(min=1, help="Candidates built at once.", show_default="one for every core"),
     ] = None,
     db: Annotated[
-        Path | None, typer.Option("--db", help="Take what this database knows to be good along.")
+        Path | None, typer.Option("--db", help="Build the best of this database too.")
     ] = None,
     chip: Annotated[
         str | None,

@@ -9,6 +9,9 @@ from gqsa_compiler.compress.work.workdir import WorkDirectory
 from gqsa_compiler.errors import GqsaError, out_of_memory
 from gqsa_compiler.outdir import disk_full
 
+_HUNGRY = "training weights"
+"""The stage whose memory is mostly that of the weights, however short the sequences are."""
+
 
 @contextmanager
 def explained(work: WorkDirectory, stage: Callable[[], str], writing: str) -> Iterator[None]:
@@ -46,10 +49,12 @@ def _kept(work: WorkDirectory) -> str:
 
 
 def _memory(work: WorkDirectory, stage: str) -> str:
-    what = "fewer or shorter sequences (--samples, --sequence-length"
+    less = "with fewer or shorter sequences (--samples, --sequence-length)"
+    if stage == _HUNGRY:
+        less = f"without this stage (--stages block,scales) or {less}"
     if not work.names():
-        return f"Not enough memory while {stage}. Use a machine with more, or {what})."
+        return f"Not enough memory while {stage}. Use a machine with more, or try it {less}."
     return (
         f"Not enough memory while {stage}. {_kept(work)}free some memory and run the same command "
-        f"again to go on, or begin anew with {what}, --restart)."
+        f"again to go on, or begin anew (--restart) {less}."
     )

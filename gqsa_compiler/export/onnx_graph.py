@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,6 +19,8 @@ from gqsa_compiler.frontends.onnx import sparse_op
 IR_VERSION = 10
 INLINE_BYTES = 1024
 """Tensors up to this size stay in the ONNX file when the others lie beside it."""
+
+Call = Any  # relax.Call
 
 
 @dataclass
@@ -194,3 +196,7 @@ def onnx_dtype(name: str) -> int:
     if name == "bfloat16":
         return int(TensorProto.BFLOAT16)
     return int(helper.np_dtype_to_tensor_dtype(np.dtype(re.sub("^bool$", "bool_", name))))
+
+
+Rule = Callable[[GraphWriter, Call, list[str], str], None]
+"""Writes nodes for a call: the graph, the call, its tensors' names, and its output's name."""

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
 from gqsa_compiler._tvm import relax, tirx
 from gqsa_compiler.errors import ModelError
-from gqsa_compiler.export.onnx_graph import GraphWriter, onnx_dtype
-
-Call = Any  # relax.Call
-Rule = Callable[[GraphWriter, Call, list[str], str], None]
+from gqsa_compiler.export.onnx_graph import Call, GraphWriter, Rule, onnx_dtype
+from gqsa_compiler.export.onnx_images import IMAGES
 
 UNARY: Mapping[str, str] = {
     "abs": "Abs", "ceil": "Ceil", "cos": "Cos", "erf": "Erf", "exp": "Exp", "floor": "Floor",
@@ -163,6 +161,17 @@ def _softmax(graph: GraphWriter, call: Call, inputs: list[str], to: str) -> None
     graph.add("Softmax", inputs[0], to=to, axis=int(call.attrs.axis))
 
 
+def _leaky_relu(graph: GraphWriter, call: Call, inputs: list[str], to: str) -> None:
+    graph.add("LeakyRelu", inputs[0], to=to, alpha=float(call.attrs.alpha))
+
+
+def _softplus(graph: GraphWriter, call: Call, inputs: list[str], to: str) -> None:
+    """Where it is linear from the threshold on, it differs from ONNX's by rounding only."""
+    if float(call.attrs.beta) != 1.0:
+        raise ModelError("A softplus whose beta is not 1 cannot be written as ONNX.")
+    graph.add("Softplus", inputs[0], to=to)
+
+
 def _last_axis(call: Call, what: str) -> None:
     rank = len(call.args[0].ty.shape)
     if [int(axis) % rank for axis in call.attrs.axes] != [rank - 1]:
@@ -222,19 +231,6 @@ def _clip(graph: GraphWriter, call: Call, inputs: list[str], to: str) -> None:
     graph.add("Clip", inputs[0], *bounds, to=to)
 
 
-def _convolution(graph: GraphWriter, call: Call, inputs: list[str], to: str) -> None:
-    attrs = call.attrs
-    graph.add(
-        "Conv",
-        *inputs,
-        to=to,
-        strides=[int(item) for item in attrs.strides],
-        pads=[int(item) for item in attrs.padding],
-        dilations=[int(item) for item in attrs.dilation],
-        group=int(attrs.groups),
-    )
-
-
 def _repeat(graph: GraphWriter, call: Call, inputs: list[str], to: str) -> None:
     """Repeat each slice of an axis: a new axis beside it, broadcast and joined."""
     axis, times = int(call.attrs.axis), int(call.attrs.repeats)
@@ -247,6 +243,7 @@ def _repeat(graph: GraphWriter, call: Call, inputs: list[str], to: str) -> None:
 
 
 RULES: Mapping[str, Rule] = {
+    **IMAGES,
     **{name: _plain(op) for name, op in UNARY.items()},
     **{name: _plain(op) for name, op in BINARY.items()},
     **{name: _reduction(op) for name, op in _REDUCTIONS.items()},
@@ -265,13 +262,13 @@ RULES: Mapping[str, Rule] = {
     "full_like": _full,
     "gather_elements": _gather_elements,
     "index_tensor": _index_tensor,
-    "nn.conv1d": _convolution,
-    "nn.conv2d": _convolution,
     "nn.gelu_tanh": _plain("Gelu", approximate="tanh"),
     "nn.layer_norm": _layer_norm,
+    "nn.leakyrelu": _leaky_relu,
     "nn.rms_norm": _rms_norm,
     "nn.silu": _silu,
     "nn.softmax": _softmax,
+    "nn.softplus": _softplus,
     "not_equal": _not_equal,
     "mod": _plain("Mod", fmod=1),
     "ones": _zeros(1),

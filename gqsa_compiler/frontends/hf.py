@@ -7,9 +7,8 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from tvm.relax.frontend.nn.llm.kv_cache import PagedKVCache
 
-from gqsa_compiler._tvm import nn, tvm
+from gqsa_compiler._tvm import PagedKVCache, nn, tvm
 from gqsa_compiler.errors import UsageError
 from gqsa_compiler.frontends.fit import check_tensors
 from gqsa_compiler.frontends.source import ModelSource

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from gqsa_compiler.checkpoint.names import INDEX_FILE, SINGLE_FILE
 from gqsa_compiler.checkpoint.safetensors_file import DTYPES, FLOAT_DTYPES
 from gqsa_compiler.errors import ModelError
 from gqsa_compiler.frontends.json_file import read_json
@@ -52,37 +53,38 @@ class SafetensorsFiles:
     Raises
     ------
     ModelError
-        No weights, only pickled ones, or a file that is truncated or missing.
+        No weights, only pickled ones, a file that is truncated or missing, or two files that may
+        both be meant.
     """
 
     def __init__(self, directory: Path) -> None:
         self._directory = directory
         self.files = self._find_files()
         self._handles = {path: self._open(path) for path in self.files}
-        self._where = {
-            name: path
-            for path, handle in self._handles.items()
-            for name in handle.keys()  # noqa: SIM118
-        }
+        self._where: dict[str, Path] = {}
+        for path, handle in self._handles.items():
+            for name in handle.keys():  # noqa: SIM118
+                if self._where.setdefault(name, path) != path:
+                    raise ModelError(
+                        f"{self._where[name]} and {path.name} beside it both hold {name!r}; delete "
+                        "the file that does not belong to the model."
+                    )
 
     def _find_files(self) -> tuple[Path, ...]:
-        index_path = self._directory / "model.safetensors.index.json"
-        single = self._directory / "model.safetensors"
-        if single.is_file():
-            return (single,)
-        if index_path.is_file():
-            try:
-                names = sorted(set(map(str, read_json(index_path)["weight_map"].values())))
-            except (KeyError, AttributeError) as error:
-                raise ModelError(f"{index_path} has no usable weight_map: {error!r}.") from error
+        single, index = self._directory / SINGLE_FILE, self._directory / INDEX_FILE
+        if index.is_file():
+            names = _indexed(index)
+            if single.is_file() and single.name not in names:
+                raise ModelError(self._which_is_stale(names))
             for name in names:
-                # The index is untrusted: it may only name files beside it.
-                if Path(name).name != name or not (self._directory / name).is_file():
+                if not self._has(name):
                     raise ModelError(
-                        f"{self._directory / name} is missing, although {index_path.name} "
+                        f"{self._directory / name} is missing, although {index.name} "
                         "names it; the model was not copied or downloaded completely."
                     )
             return tuple(self._directory / name for name in names)
+        if single.is_file():
+            return (single,)
         files = tuple(sorted(self._directory.glob("*.safetensors")))
         if files:
             return files
@@ -95,6 +97,23 @@ class SafetensorsFiles:
                 "save_pretrained(..., safe_serialization=True) first."
             )
         raise ModelError(f"{self._directory} holds no *.safetensors weights; {READS}.")
+
+    def _has(self, name: str) -> bool:
+        """Whether there is a file that an index names: it is untrusted, and may only name these."""
+        return Path(name).name == name and (self._directory / name).is_file()
+
+    def _which_is_stale(self, names: tuple[str, ...]) -> str:
+        """Say what to do about an index beside a single file; transformers would read the file."""
+        remedy = f"delete {INDEX_FILE}, whose files are not there"
+        if any(map(self._has, names)):
+            remedy = (
+                f"delete what is left over: {SINGLE_FILE}, or {INDEX_FILE} with its files "
+                f"({names[0]} ...)"
+            )
+        return (
+            f"{self._directory} holds both {SINGLE_FILE} and {INDEX_FILE}, which names other "
+            f"files; {remedy}."
+        )
 
     @staticmethod
     def _open(path: Path) -> Any:
@@ -127,6 +146,14 @@ class SafetensorsFiles:
     def file_of(self, name: str) -> Path:
         """Return the file that holds a tensor."""
         return self._where[name]
+
+
+def _indexed(index: Path) -> tuple[str, ...]:
+    """Return the files that an index names."""
+    try:
+        return tuple(sorted(set(map(str, read_json(index)["weight_map"].values()))))
+    except (KeyError, AttributeError) as error:
+        raise ModelError(f"{index} has no usable weight_map: {error!r}.") from error
 
 
 class HFSource(ModelSource):

@@ -10,9 +10,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from tvm.relax.frontend.torch import from_exported_program
 
-from gqsa_compiler._tvm import relax, tvm
+from gqsa_compiler._tvm import from_exported_program, relax, tvm
 from gqsa_compiler.errors import ModelError
 
 op = relax.op

@@ -20,7 +20,7 @@ from gqsa_compiler.lora.names import check_names
 from gqsa_compiler.passes.low_rank import LowRankOptions
 from gqsa_compiler.passes.plan import LowRankSite, PackPlan, np_dtype
 from gqsa_compiler.passes.records import ParamRecord
-from gqsa_compiler.runtime import manifest as manifests
+from gqsa_compiler.runtime import schema
 from gqsa_compiler.schedules.low_rank.spec import LowRankDtype
 
 MERGED = "merged"
@@ -105,13 +105,13 @@ class Adapters:
             for record in _last(plan):
                 yield _name(name, record), filled.load(record.name)
 
-    def describe(self, plan: PackPlan) -> tuple[manifests.Adapter, ...]:
+    def describe(self, plan: PackPlan) -> tuple[schema.Adapter, ...]:
         """Return what the manifest says of adapters that can be chosen; nothing of a merged one."""
         if self.merged:
             return ()
         records = _last(plan)
         return tuple(
-            manifests.Adapter(
+            schema.Adapter(
                 name,
                 max(layer.rank for layer in adapter.layers.values()),
                 tuple(_name(name, record) for record in records),

@@ -6,10 +6,8 @@ import math
 from typing import Any
 
 import numpy.typing as npt
-from tvm.relax.frontend.nn import op
-from tvm.relax.frontend.nn.llm.kv_cache import PagedKVCache
 
-from gqsa_compiler._tvm import nn
+from gqsa_compiler._tvm import PagedKVCache, nn
 from gqsa_compiler.models.families import Gemma3Config
 from gqsa_compiler.models.layers import (
     Attention,
@@ -19,6 +17,8 @@ from gqsa_compiler.models.layers import (
     plus_one,
     rms_norm,
 )
+
+op = nn.op
 
 
 class Gemma3Layer(nn.Module):

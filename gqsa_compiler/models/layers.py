@@ -12,15 +12,13 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from tvm.relax.frontend.nn import op
-from tvm.relax.frontend.nn.core import wrap_nested
-from tvm.relax.frontend.nn.llm.kv_cache import PagedKVCache
 
-from gqsa_compiler._tvm import nn, relax
+from gqsa_compiler._tvm import PagedKVCache, nn, relax, wrap_nested
 from gqsa_compiler.models.config import DecoderConfig
 from gqsa_compiler.schedules.generic.rope import rope_qkv
 from gqsa_compiler.schedules.spec import Activation
 
+op = nn.op
 DTYPE = "float32"
 
 

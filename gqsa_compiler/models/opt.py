@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-from tvm.relax.frontend.nn import op
-from tvm.relax.frontend.nn.llm.kv_cache import PagedKVCache
-
-from gqsa_compiler._tvm import nn
+from gqsa_compiler._tvm import PagedKVCache, nn
 from gqsa_compiler.models.config import DecoderConfig
 from gqsa_compiler.models.layers import (
     DTYPE,
@@ -17,6 +14,8 @@ from gqsa_compiler.models.layers import (
     output_layer,
 )
 from gqsa_compiler.models.tensors import OPT_POSITION_OFFSET
+
+op = nn.op
 
 
 def layer_norm(config: DecoderConfig) -> nn.LayerNorm:

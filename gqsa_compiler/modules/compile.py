@@ -23,7 +23,7 @@ from gqsa_compiler.passes.plan import PackPlan
 from gqsa_compiler.passes.records import ParamRecord
 from gqsa_compiler.progress import Progress, Stages
 from gqsa_compiler.report import CompileReport
-from gqsa_compiler.runtime import manifest as manifests
+from gqsa_compiler.runtime import schema
 from gqsa_compiler.runtime.errors import last_line
 from gqsa_compiler.runtime.module_manifest import (
     ModuleManifest,
@@ -188,9 +188,9 @@ class _Compilation:
             fallbacks=fallbacks,
             seconds=self.stages.rounded(),
         )
-        variant = manifests.Variant(
+        variant = schema.Variant(
             artefact.manifest_target(self.target),
-            manifests.Library(name, digest),
+            schema.Library(name, digest),
         )
         self._manifest(graph, result, variant, parameters).write(directory)
         result.write(directory)
@@ -245,8 +245,8 @@ class _Compilation:
         self,
         graph: ImportedGraph,
         result: CompileReport,
-        variant: manifests.Variant,
-        parameters: tuple[manifests.Parameter, ...],
+        variant: schema.Variant,
+        parameters: tuple[schema.Parameter, ...],
     ) -> ModuleManifest:
         def described(tensors: Any) -> tuple[ModuleTensor, ...]:
             return tuple(
@@ -256,7 +256,7 @@ class _Compilation:
 
         return ModuleManifest(
             producer=f"gqsa-compiler {metadata.version('gqsa-compiler')}",
-            versions=manifests.Versions(str(tvm.__version__), str(tvm_ffi.__version__)),
+            versions=schema.Versions(str(tvm.__version__), str(tvm_ffi.__version__)),
             variants=(variant,),
             name=self.source.stem,
             inputs=described(graph.inputs),

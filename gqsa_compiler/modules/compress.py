@@ -18,7 +18,7 @@ from gqsa_compiler.compress.recipes.recipe import Recipe
 from gqsa_compiler.compress.request import PathText
 from gqsa_compiler.compress.solver.grouped import GroupedWeight
 from gqsa_compiler.compress.solver.hessian import MomentAccumulator
-from gqsa_compiler.compress.solver.oneshot import compress_rows
+from gqsa_compiler.compress.solver.oneshot import check_not_lost, compress_rows
 from gqsa_compiler.compress.store import producer, to_layer
 from gqsa_compiler.errors import ModelError, UsageError
 from gqsa_compiler.export.onnx_module import relax_to_onnx
@@ -226,6 +226,8 @@ class _Compression:
 
     def _group(self, members: tuple[str, ...]) -> None:
         leader = members[0]
+        for name in members:
+            check_not_lost(name, self._layers[name].weight)
         count = capture.parts(self._layers[leader])
         moments = [MomentAccumulator() for _ in range(count)]
         for batch in self._batches:

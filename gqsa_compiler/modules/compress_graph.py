@@ -18,7 +18,7 @@ from gqsa_compiler.checkpoint import BSRLayer
 from gqsa_compiler.checkpoint.names import LAYER_TENSORS
 from gqsa_compiler.compress.recipes.recipe import Recipe
 from gqsa_compiler.compress.request import PathText
-from gqsa_compiler.compress.solver.oneshot import compress_rows
+from gqsa_compiler.compress.solver.oneshot import check_not_lost, compress_rows
 from gqsa_compiler.compress.store import producer, to_layer
 from gqsa_compiler.errors import ModelError
 from gqsa_compiler.export.onnx_graph import complete_model, layer_tensors
@@ -150,6 +150,8 @@ def compress_onnx(
         moments = (walk if len(places) == 1 else GraphWalk(graph, calls)).moments(places)
         weights = [torch.from_numpy(np.array(item.weight, np.float32)) for item in members]
         targets, names = [chosen.target] * len(members), [item.name for item in members]
+        for name, weight in zip(names, weights, strict=True):
+            check_not_lost(name, weight)
         results = compress_rows(weights, moments, targets, chosen, names)
         for linear, found in zip(members, results, strict=True):
             layers[linear.name] = to_layer(linear.name, found)

@@ -24,9 +24,8 @@ def is_module(path: str | os.PathLike[str]) -> bool:
     if place.suffix == ".onnx":
         return place.is_file()
     try:
-        return (place / GRAPH_FILE).is_file() and (
-            read_config(place).get("model_type") == MODEL_TYPE
-        )
+        # Of whatever version: `read_config` says what is wrong with another one.
+        return (place / GRAPH_FILE).is_file() and _read(place).get("model_type") == MODEL_TYPE
     except CheckpointError:
         return False
 
@@ -37,8 +36,20 @@ def read_config(directory: Path) -> dict[str, Any]:
     Raises
     ------
     CheckpointError
-        It is missing, too large or no JSON object.
+        It is missing, too large or no JSON object, or of another version.
     """
+    config = _read(directory)
+    version = config.get("module_version")
+    if type(version) is not int or version != MODULE_VERSION:
+        raise CheckpointError(
+            f"{directory / CONFIG_FILE} has module_version {version!r}; this program reads "
+            f"{MODULE_VERSION}. Use the version of gqsa-compiler that wrote it, or compress the "
+            "module again."
+        )
+    return config
+
+
+def _read(directory: Path) -> dict[str, Any]:
     path = directory / CONFIG_FILE
     try:
         if path.stat().st_size > _MOST_BYTES:

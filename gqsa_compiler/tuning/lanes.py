@@ -168,6 +168,7 @@ class Overlapped:
         self._building: dict[Future[None], tuple[Attempt, Path]] = {}
         self._built: deque[Attempt] = deque()
         self._measuring: dict[_Measured, Attempt] = {}
+        self._ended: list[Attempt] = []
 
     @property
     def room(self) -> int:
@@ -193,22 +194,17 @@ class Overlapped:
             self._measuring[future] = attempt
 
     def wait(self) -> Sequence[Attempt]:
-        """Wait until trials have ended."""
-        ended: list[Attempt] = []
-        while not ended:
+        """Wait until trials have ended; after an error, `end` returns those that had."""
+        while not self._ended:
             self.feed()
             futures: list[Future[Any]] = [*self._building, *self._measuring]
             done, _ = wait(futures, return_when=FIRST_COMPLETED)
-            ended += self._measured([f for f in done if f in self._measuring])
-            for future in [f for f in done if f in self._building]:
-                attempt, folder = self._building.pop(future)
-                try:
-                    future.result()
-                    attempt.candidate = attempt.state.work.complete(attempt.config, folder)
-                    self._built.append(attempt)
-                except BuildError as error:
-                    attempt.outcome = Outcome("build", str(error))
-                    ended.append(attempt)
+            for future in done:
+                if future in self._measuring:
+                    self._take_measured(future)
+                else:
+                    self._take_built(future)
+        ended, self._ended = self._ended, []
         return ended
 
     def end(self) -> Sequence[Attempt]:
@@ -217,16 +213,31 @@ class Overlapped:
         self._build_threads.shutdown(wait=False, cancel_futures=True)
         self._building.clear()
         self._built.clear()
+        self._take_finished()
         stopped = self._measurer.stop() if self._measuring else True
         self._measure_threads.shutdown(wait=True, cancel_futures=True)
-        if stopped:
-            self._measuring.clear()
-        return self._measured(list(self._measuring))
+        if not stopped:
+            self._take_finished()
+        self._measuring.clear()
+        return self._ended
 
-    def _measured(self, futures: Sequence[_Measured]) -> list[Attempt]:
-        ended = []
-        for future in futures:
-            attempt = self._measuring.pop(future)
-            attempt.outcome, attempt.found = future.result()
-            ended.append(attempt)
-        return ended
+    def _take_built(self, future: Future[None]) -> None:
+        attempt, folder = self._building.pop(future)
+        try:
+            future.result()
+            attempt.candidate = attempt.state.work.complete(attempt.config, folder)
+            self._built.append(attempt)
+        except BuildError as error:
+            attempt.outcome = Outcome("build", str(error))
+            self._ended.append(attempt)
+
+    def _take_measured(self, future: _Measured) -> None:
+        attempt = self._measuring.pop(future)
+        attempt.outcome, attempt.found = future.result()
+        self._ended.append(attempt)
+
+    def _take_finished(self) -> None:
+        """Take what was measured, and leave what has failed: an error is being raised already."""
+        for future in list(self._measuring):
+            if future.done() and not future.cancelled() and future.exception() is None:
+                self._take_measured(future)

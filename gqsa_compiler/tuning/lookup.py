@@ -15,7 +15,7 @@ from gqsa_compiler.schedules.choice import Choice
 from gqsa_compiler.schedules.rule import KernelConfig, ScheduleRule
 from gqsa_compiler.schedules.spec import LinearSpec
 from gqsa_compiler.targets import TargetSpec
-from gqsa_compiler.tuning.database import Database, read_file
+from gqsa_compiler.tuning.database import Database
 from gqsa_compiler.tuning.key import TargetKey, gpu_chip, host_chip, slug, source_hash
 from gqsa_compiler.tuning.records import Trial, config_key
 
@@ -63,17 +63,12 @@ def space_by_key(
     rule: ScheduleRule[Any], spec: LinearSpec, target: TargetSpec
 ) -> dict[str, KernelConfig]:
     """Return a rule's space by the texts that records have configurations in."""
-    return {config_key(_plain(config)): config for config in rule.space(spec, target)}
-
-
-def _plain(config: KernelConfig) -> dict[str, Any]:
-    """Return a configuration's fields as JSON has them: lists for tuples."""
-    return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(config).items()}
+    return {config_key(config_fields(config)): config for config in rule.space(spec, target)}
 
 
 def config_fields(config: KernelConfig) -> dict[str, Any]:
-    """Return a configuration's fields as a record has them."""
-    return _plain(config)
+    """Return a configuration's fields as a record has them: lists for tuples."""
+    return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(config).items()}
 
 
 @dataclass(frozen=True)
@@ -216,6 +211,3 @@ def _chip(mine: Iterable[Trial], target: TargetSpec, directory: str | Path | Non
             f"is meant with --chip: {', '.join(chips)}."
         )
     return chips[0] if chips else None
-
-
-__all__ = ["FARTHEST", "Tuned", "config_fields", "open_tuned", "read_file", "shipped"]

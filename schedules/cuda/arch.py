@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 from gqsa_compiler._tvm import Target
 from gqsa_compiler.errors import UsageError
-from gqsa_compiler.targets import SHARED_BYTES, TargetSpec
+from gqsa_compiler.targets import SHARED_BYTES, TargetSpec, cuda_fields
 
 WARP = 32
 """Threads of a warp."""
@@ -34,16 +34,8 @@ class Arch:
     processors: int
 
     def target(self) -> Target:
-        """Return TVM's target, which without these fields takes those of a GPU of 2015."""
-        fields = {
-            "kind": "cuda",
-            "arch": self.name,
-            "max_shared_memory_per_block": self.shared_bytes,
-            "max_threads_per_block": 1024,
-            "thread_warp_size": WARP,
-            "registers_per_block": 65536,
-        }
-        return Target(fields, host=Target({"kind": "llvm"}))
+        """Return TVM's target, with this machine as its host."""
+        return Target(cuda_fields(self.name, self.shared_bytes), host=Target({"kind": "llvm"}))
 
 
 ARCHES: Mapping[str, Arch] = {

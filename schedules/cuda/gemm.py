@@ -28,19 +28,16 @@ from gqsa_compiler.schedules.cuda.device import (
     u32,
 )
 from gqsa_compiler.schedules.cuda.gemv import MIN_BLOCKS
+from gqsa_compiler.schedules.cuda.launch import i32
 from gqsa_compiler.schedules.cuda.layout import CHUNK, SLAB, StreamLayout
 from gqsa_compiler.schedules.cuda.tensor_cores import Operand, OutputTile, Place
 from gqsa_compiler.schedules.cuda.weights import Unit
-from gqsa_compiler.schedules.generic.emit import Buffer, Expr, const, int64, load, store
+from gqsa_compiler.schedules.generic.emit import Buffer, Expr, int64, load, store
 from gqsa_compiler.schedules.generic.function import Arguments
 from gqsa_compiler.schedules.spec import LinearSpec
 
 _LANES = 8  # threads that unpack a row
 _RESIDENT = 2  # blocks that a processor's registers must hold; shared memory holds 1 to 4
-
-
-def _i32(value: int) -> Expr:
-    return const(value, "int32")
 
 
 @dataclass(frozen=True)
@@ -84,7 +81,7 @@ def launch(
     ):
         shared = SharedMemory.allocate(tile.shared_parts())
         place = Place.of(
-            B.bind(B.Cast("int32", block) * _i32(tile.rows)),
+            B.bind(B.Cast("int32", block) * i32(tile.rows)),
             B.bind(int64(column) * int64(tile.tokens)),
             B.bind(B.Cast("int32", thread)),
         )
@@ -123,9 +120,9 @@ class _Block:
         Tokens are on their way while the weights are unpacked, and the next slab's weights while
         this one's are multiplied.
         """
-        operands = (Operand(self.tokens, _i32(0)),), Operand(self.weights, _i32(0))
+        operands = (Operand(self.tokens, i32(0)),), Operand(self.weights, i32(0))
         self._begin()
-        self._fetch_weights(_i32(0))
+        self._fetch_weights(i32(0))
         with B.serial(-(-self.spec.k // SLAB)) as slab:
             slab = B.bind(B.Cast("int32", slab))
             self._fetch_tokens(slab)
@@ -134,7 +131,7 @@ class _Block:
             self._unpack(slab)
             do(device_call("gqsa_copy_wait_0", "void"))
             barrier()
-            self._fetch_weights(B.bind(slab + _i32(1)))
+            self._fetch_weights(B.bind(slab + i32(1)))
             self.outputs.multiply(*operands, SLAB)
             barrier()
         self.outputs.finish(self.x.factors, self.args.params["row_scales"])
@@ -144,17 +141,17 @@ class _Block:
         tile, spec = self.tile, self.spec
         chunks, all_chunks = SLAB // CHUNK, spec.k // CHUNK
         with B.serial(tile.tokens * chunks // tile.threads) as i:
-            number = B.bind(i * _i32(tile.threads) + self.place.thread)
-            token = B.bind(B.floordiv(number, _i32(chunks)))
-            inside = B.bind(B.floormod(number, _i32(chunks)))
-            chunk = B.bind(slab * _i32(chunks) + inside)
-            there = B.And(token < self.left, chunk < _i32(all_chunks))
+            number = B.bind(i * i32(tile.threads) + self.place.thread)
+            token = B.bind(B.floordiv(number, i32(chunks)))
+            inside = B.bind(B.floormod(number, i32(chunks)))
+            chunk = B.bind(slab * i32(chunks) + inside)
+            there = B.And(token < self.left, chunk < i32(all_chunks))
             # Within the tile, in 32 bits.
-            row = B.min(token, self.left - _i32(1)) * _i32(spec.k // 2)
-            inner = B.bind(row + B.min(chunk, _i32(all_chunks - 1)) * _i32(4))
+            row = B.min(token, self.left - i32(1)) * i32(spec.k // 2)
+            inner = B.bind(row + B.min(chunk, i32(all_chunks - 1)) * i32(4))
             first = self.place.token * int64(spec.k // 2)
             source = load(self.x.values, B.bind(first + int64(inner)))
-            to = load(self.tokens, B.bind(token * _i32(tile.stride) + inside * _i32(4)))
+            to = load(self.tokens, B.bind(token * i32(tile.stride) + inside * i32(4)))
             pointers = T.address_of(to), T.address_of(source)
             do(device_call("gqsa_copy_async", "void", *pointers, there))
         do(device_call("gqsa_copy_commit", "void"))
@@ -166,17 +163,17 @@ class _Block:
         for word in range(4):
             store(zeros, u32(0), word)
         with B.serial(-(-chunks // tile.threads)) as i:
-            number = B.bind(i * _i32(tile.threads) + self.place.thread)
-            with B.If(number < _i32(chunks)), B.Then():
-                value = load(zeros, _i32(0), lanes=4)
-                store(self.weights, value, number * _i32(4), lanes=4)
+            number = B.bind(i * i32(tile.threads) + self.place.thread)
+            with B.If(number < i32(chunks)), B.Then():
+                value = load(zeros, i32(0), lanes=4)
+                store(self.weights, value, number * i32(4), lanes=4)
 
     def _row(self, i: int) -> tuple[Expr, Expr]:
         """Emit the tile's row that this thread helps to unpack in a round, and if it exists."""
         at_once = self.tile.threads // _LANES
-        row = B.floordiv(self.place.thread, _i32(_LANES)) + _i32(i * at_once)
+        row = B.floordiv(self.place.thread, i32(_LANES)) + i32(i * at_once)
         row = B.bind(row)
-        there = B.And(row < _i32(self.tile.rows), self.place.row + row < _i32(self.spec.n))
+        there = B.And(row < i32(self.tile.rows), self.place.row + row < i32(self.spec.n))
         return row, B.bind(there)
 
     def _begin(self) -> None:
@@ -184,17 +181,17 @@ class _Block:
         params, slabs = self.args.params, -(-self.spec.k // SLAB)
         for i in range(self.rounds):
             row, there = self._row(i)
-            store(self.base, _i32(0), i)
+            store(self.base, i32(0), i)
             store(self.stretch, u32(0), i)
             with B.If(there), B.Then():
                 stored = B.bind(self.place.row + row)
                 store(self.base, load(params["row_units"], stored), i)
-                store(self.stretch, load(params["slabs"], stored * _i32(slabs)), i)
+                store(self.stretch, load(params["slabs"], stored * i32(slabs)), i)
 
     def _fetch_weights(self, slab: Expr) -> None:
         """Emit the loads of a slab's first units, and of the stretches of the one after it."""
         params, slabs = self.args.params, -(-self.spec.k // SLAB)
-        lane = B.bind(B.floormod(self.place.thread, _i32(_LANES)))
+        lane = B.bind(B.floormod(self.place.thread, i32(_LANES)))
         for i in range(self.rounds):
             row, there = self._row(i)
             stretch = register(load(self.stretch, i), "uint32")
@@ -203,8 +200,8 @@ class _Block:
             store(self.unit_end, B.Cast("int32", B.shift_right(load(stretch, 0), u32(16))), i)
             self._fetch_unit(i)
             store(self.stretch, u32(0), i)
-            with B.If(B.And(there, slab + _i32(1) < _i32(slabs))), B.Then():
-                at = (self.place.row + row) * _i32(slabs) + slab + _i32(1)
+            with B.If(B.And(there, slab + i32(1) < i32(slabs))), B.Then():
+                at = (self.place.row + row) * i32(slabs) + slab + i32(1)
                 store(self.stretch, load(params["slabs"], B.bind(at)), i)
 
     def _fetch_unit(self, i: int) -> None:
@@ -218,20 +215,20 @@ class _Block:
             row, _ = self._row(i)
             with B.While(load(self.unit_at, i) < load(self.unit_end, i)):
                 self._unpack_unit(i, row, slab)
-                store(self.unit_at, load(self.unit_at, i) + _i32(_LANES), i)
+                store(self.unit_at, load(self.unit_at, i) + i32(_LANES), i)
                 self._fetch_unit(i)
 
     def _unpack_unit(self, slot: int, row: Expr, slab: Expr) -> None:
         layout, tile = self.layout, self.tile
-        lane = B.floormod(load(self.base, slot) + load(self.unit_at, slot), _i32(WARP))
+        lane = B.floormod(load(self.base, slot) + load(self.unit_at, slot), i32(WARP))
         lane = load(register(lane, "int32"), 0)
-        turn = B.floormod(B.floordiv(lane, _i32(layout.residues)), _i32(layout.chunks))
+        turn = B.floormod(B.floordiv(lane, i32(layout.residues)), i32(layout.chunks))
         turn = B.bind(turn)
         for piece in range(layout.pieces):
             _, number = self.unit.column(slot, piece, lane)
-            column = B.bind(number * _i32(layout.piece) - slab * _i32(SLAB))
+            column = B.bind(number * i32(layout.piece) - slab * i32(SLAB))
             scale = B.bind(self.unit.scale_half2(slot, piece))
-            inside = B.And(column >= _i32(0), column < _i32(SLAB))
+            inside = B.And(column >= i32(0), column < i32(SLAB))
             # What fills a row's last unit has scale 0 and any column.
             with B.If(B.And(inside, scale != u32(0))), B.Then():
                 pairs = registers(4, "uint32")
@@ -239,6 +236,6 @@ class _Block:
                     for i, pair in enumerate(self.unit.pairs(slot, piece, chunk)):
                         value = device_call("gqsa_hmul2", "uint32", pair, scale)
                         store(pairs, value, i)
-                    part = B.bitwise_xor(turn, _i32(chunk))
-                    to = row * _i32(tile.stride) + B.floordiv(column, _i32(2)) + part * _i32(4)
-                    store(self.weights, load(pairs, _i32(0), lanes=4), B.bind(to), lanes=4)
+                    part = B.bitwise_xor(turn, i32(chunk))
+                    to = row * i32(tile.stride) + B.floordiv(column, i32(2)) + part * i32(4)
+                    store(self.weights, load(pairs, i32(0), lanes=4), B.bind(to), lanes=4)

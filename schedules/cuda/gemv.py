@@ -18,6 +18,7 @@ from gqsa_compiler.schedules.cuda.device import (
     u32,
     warp_sum,
 )
+from gqsa_compiler.schedules.cuda.launch import i32
 from gqsa_compiler.schedules.cuda.rows import Finish, Share
 from gqsa_compiler.schedules.cuda.weights import Unit
 from gqsa_compiler.schedules.generic.emit import Buffer, Expr, const, load, store
@@ -27,10 +28,6 @@ from gqsa_compiler.schedules.spec import LinearSpec
 MIN_BLOCKS = "tirx.launch_bounds_min_blocks_per_sm"
 """Blocks that a processor must be able to hold. Left to itself, ptxas spills registers so that more
 fit."""
-
-
-def _i32(value: int) -> Expr:
-    return const(value, "int32")
 
 
 def launch(spec: LinearSpec, config: CudaConfig, args: Arguments, tile: int, first: Expr) -> None:
@@ -98,12 +95,12 @@ class _Warp:
         tile: int,
         sums: Buffer,
     ) -> _Warp:
-        lane = B.bind(B.floormod(thread, _i32(WARP)))
-        number = B.bind(B.floordiv(thread, _i32(WARP)))
+        lane = B.bind(B.floormod(thread, i32(WARP)))
+        number = B.bind(B.floordiv(thread, i32(WARP)))
         begin = B.bind(share.begin + number * share.tiles_a_warp)
         count = B.min(share.end - begin, share.tiles_a_warp)
         # Registers, as TVM would otherwise compute them anew from the block's record each time.
-        next_ = register(B.Cast("uint32", begin * _i32(WARP) + lane), "uint32")
+        next_ = register(B.Cast("uint32", begin * i32(WARP) + lane), "uint32")
         unit = Unit.of(spec, config.scale_bits, config.depth, args.params)
         params = args.params
         held = registers(config.depth, "uint32")
@@ -122,7 +119,7 @@ class _Warp:
     def fetch_first(self) -> None:
         """Emit the loads of the first tiles."""
         for slot in range(self.config.depth):
-            with B.If(load(self.left, 0) > _i32(slot)), B.Then():
+            with B.If(load(self.left, 0) > i32(slot)), B.Then():
                 self._fetch(slot)
         # The warp's first unit begins a row for it, whether or not the row began before.
         store(self.held_starts, B.bitwise_and(load(self.held_starts, 0), u32(0xFFFFFFFE)), 0)
@@ -133,19 +130,19 @@ class _Warp:
         totals, place = registers(self.tile), registers(1, "int32")
         for t in range(self.tile):
             store(totals, const(0.0, "float32"), t)
-        with B.If(load(self.left, 0) > _i32(0)), B.Then():
+        with B.If(load(self.left, 0) > i32(0)), B.Then():
             x = replace(x, lane_start=self.unit.lane_start(x, self.lane))
             tile = B.Cast("int32", B.floordiv(load(self.next, 0), u32(WARP)))
             row = load(self.rows, tile) - self.share.first_row
             store(place, row + self.number, 0)
-            with B.While(load(self.left, 0) > _i32(0)):
+            with B.While(load(self.left, 0) > i32(0)):
                 store(self.next, load(self.next, 0) + u32(depth * WARP), 0)
                 for slot in range(depth):
-                    with B.If(load(self.left, 0) > _i32(slot)), B.Then():
+                    with B.If(load(self.left, 0) > i32(slot)), B.Then():
                         self._add(slot, x, totals, place)
-                        with B.If(load(self.left, 0) > _i32(depth + slot)), B.Then():
+                        with B.If(load(self.left, 0) > i32(depth + slot)), B.Then():
                             self._fetch(slot)
-                store(self.left, load(self.left, 0) - _i32(depth), 0)
+                store(self.left, load(self.left, 0) - i32(depth), 0)
             self._leave(totals, place)
 
     def _add(self, slot: int, x: Activations, totals: Buffer, place: Buffer) -> None:
@@ -163,7 +160,7 @@ class _Warp:
             self._leave(totals, place)
             for t in range(self.tile):
                 store(totals, zero, t)
-            store(place, load(place, 0) + _i32(1), 0)
+            store(place, load(place, 0) + i32(1), 0)
             store(marks, B.bitwise_and(load(marks, 0), load(marks, 0) - u32(1)), 0)
         for t in range(self.tile):
             store(totals, load(totals, t) + load(products, t), t)
@@ -172,7 +169,7 @@ class _Warp:
         """Emit the sum over the lanes and its store; changes `totals`."""
         warp_sum(totals, self.tile, self.lane)
         lanes = WARP // self.tile
-        with B.If(B.floormod(self.lane, _i32(lanes)) == _i32(0)), B.Then():
-            token = B.floordiv(self.lane, _i32(lanes))
-            at = load(place, 0) + token * _i32(BLOCK_ROWS + self.config.warps)
+        with B.If(B.floormod(self.lane, i32(lanes)) == i32(0)), B.Then():
+            token = B.floordiv(self.lane, i32(lanes))
+            at = load(place, 0) + token * i32(BLOCK_ROWS + self.config.warps)
             store(self.sums, load(totals, 0), at)

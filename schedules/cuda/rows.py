@@ -20,6 +20,7 @@ from gqsa_compiler.schedules.cuda.arch import WARP
 from gqsa_compiler.schedules.cuda.config import BLOCK_ROWS, TILES, CudaConfig
 from gqsa_compiler.schedules.cuda.device import barrier, device_call, do, register, registers, u32
 from gqsa_compiler.schedules.cuda.epilogue import Outputs
+from gqsa_compiler.schedules.cuda.launch import i32
 from gqsa_compiler.schedules.generic.emit import Buffer, Expr, const, int64, load, store
 from gqsa_compiler.schedules.generic.function import Arguments
 from gqsa_compiler.schedules.spec import LinearSpec
@@ -38,10 +39,6 @@ def rows_of_output(spec: LinearSpec) -> int:
     return 2 if spec.epilogue.gated else 1
 
 
-def _i32(value: int) -> Expr:
-    return const(value, "int32")
-
-
 @dataclass(frozen=True)
 class Share:
     """A block's record (`partition.INFO`) and how its warps divide it; int32 expressions."""
@@ -58,8 +55,8 @@ class Share:
     @classmethod
     def of(cls, blocks: Buffer, block: Expr, warps: int) -> Share:
         """Emit the loads of a block's record."""
-        fields = [B.bind(load(blocks, block * _i32(8) + _i32(i))) for i in range(7)]
-        per_warp = B.floordiv(fields[1] - fields[0] + _i32(warps - 1), _i32(warps))
+        fields = [B.bind(load(blocks, block * i32(8) + i32(i))) for i in range(7)]
+        per_warp = B.floordiv(fields[1] - fields[0] + i32(warps - 1), i32(warps))
         begin, end, first_row, last_row, head_begin, head_end, tail_end = fields
         return cls(
             begin, end, first_row, last_row, head_begin, head_end, tail_end, B.bind(per_warp)
@@ -101,24 +98,24 @@ class Finish:
     def emit(self) -> None:
         """Emit everything; all sums of the block are in shared memory."""
         share, rows, tile = self.share, rows_of_output(self.spec), self.tile
-        first = B.bind(B.floordiv(share.first_row, _i32(rows)))
-        last = B.bind(B.floordiv(share.last_row, _i32(rows)))
-        count = B.bind((last - first + _i32(1)) * _i32(tile))
+        first = B.bind(B.floordiv(share.first_row, i32(rows)))
+        last = B.bind(B.floordiv(share.last_row, i32(rows)))
+        count = B.bind((last - first + i32(1)) * i32(tile))
         threads = self.config.threads
-        turns = B.floordiv(count + _i32(threads - 1), _i32(threads))
+        turns = B.floordiv(count + i32(threads - 1), i32(threads))
         with B.serial(turns) as i:
-            place = B.bind(i * _i32(threads) + self.thread)
+            place = B.bind(i * i32(threads) + self.thread)
             with B.If(place < count), B.Then():
-                token = B.bind(B.floormod(place, _i32(tile)))
-                output = B.bind(first + B.floordiv(place, _i32(tile)))
+                token = B.bind(B.floormod(place, i32(tile)))
+                output = B.bind(first + B.floordiv(place, i32(tile)))
                 found = registers(rows)
                 for r in range(rows):
-                    self._row_sum(found, r, B.bind(output * _i32(rows) + _i32(r)), token)
+                    self._row_sum(found, r, B.bind(output * i32(rows) + i32(r)), token)
                 head = B.And(output == first, share.head_begin < self.block)
                 tail = B.And(output == last, share.tail_end > self.block)
                 with B.If(B.Or(head, tail)):
                     with B.Then():
-                        side = B.Select(head, _i32(0), _i32(1))
+                        side = B.Select(head, i32(0), i32(1))
                         for r in range(rows):
                             self._leave(load(found, r), B.bind(side), r, token)
                     with B.Else():
@@ -134,12 +131,12 @@ class Finish:
         inside = B.And(row >= share.first_row, row <= share.last_row)
         with B.If(inside), B.Then():
             tiles = []
-            for unit in (load(row_units, row), load(row_units, row + _i32(1)) - _i32(1)):
-                number = B.floordiv(unit, _i32(WARP))
-                within = B.max(B.min(number, share.end - _i32(1)), share.begin) - share.begin
+            for unit in (load(row_units, row), load(row_units, row + i32(1)) - i32(1)):
+                number = B.floordiv(unit, i32(WARP))
+                within = B.max(B.min(number, share.end - i32(1)), share.begin) - share.begin
                 tiles.append(B.bind(B.floordiv(within, share.tiles_a_warp)))
-            with B.serial(tiles[1] - tiles[0] + _i32(1)) as i:
-                place = row - share.first_row + tiles[0] + i + token * _i32(self._stride)
+            with B.serial(tiles[1] - tiles[0] + i32(1)) as i:
+                place = row - share.first_row + tiles[0] + i + token * i32(self._stride)
                 store(found, load(found, at) + load(self.sums, place), at)
             store(found, load(found, at) * load(self.args.params["row_scales"], row), at)
 
@@ -153,9 +150,9 @@ class Finish:
     def _partial(self, block: Expr, side: Expr, row: int, token: Expr) -> Expr:
         """Emit the address of a block's sum of a cut output."""
         rows = rows_of_output(self.spec)
-        place = (block * _i32(2) + side) * _i32(rows) + _i32(row)
+        place = (block * i32(2) + side) * i32(rows) + i32(row)
         return self.args.params["partials"].access_ptr(
-            "rw", offset=place * _i32(MOST_TOKENS) + token
+            "rw", offset=place * i32(MOST_TOKENS) + token
         )
 
     def _leave(self, value: Expr, side: Expr, row: int, token: Expr) -> None:
@@ -170,7 +167,7 @@ class Finish:
             (share.head_begin, share.head_end, share.head_begin < block, first),
             (block, share.tail_end, share.tail_end > block, last),
         )
-        with B.If(self.thread == _i32(0)), B.Then():
+        with B.If(self.thread == i32(0)), B.Then():
             for side, (begin, end, is_cut, _) in enumerate(cuts):
                 store(self.flags, u32(0), side)
                 with B.If(is_cut), B.Then():
@@ -181,15 +178,15 @@ class Finish:
         barrier()
         for side, (begin, end, _, output) in enumerate(cuts):
             complete = load(register(load(self.flags, side), "uint32"), 0) != u32(0)
-            with B.If(B.And(complete, self.thread < _i32(self.tile))), B.Then():
+            with B.If(B.And(complete, self.thread < i32(self.tile))), B.Then():
                 do(device_call("gqsa_fence", "void"))
                 found = registers(rows_of_output(self.spec))
                 for r in range(rows_of_output(self.spec)):
                     # Its begin is the last output of a block; all that follows is a first one.
-                    start = self._partial(begin, _i32(1), r, self.thread)
+                    start = self._partial(begin, i32(1), r, self.thread)
                     store(found, device_call("gqsa_load_l2", "float32", start), r)
                     with B.serial(end - begin) as i:
-                        at = self._partial(begin + i + _i32(1), _i32(0), r, self.thread)
+                        at = self._partial(begin + i + i32(1), i32(0), r, self.thread)
                         more = device_call("gqsa_load_l2", "float32", at)
                         store(found, load(found, r) + more, r)
                 self._store(found, output, self.thread)

@@ -11,7 +11,7 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from gqsa_compiler._tvm import B, tvm
+from gqsa_compiler._tvm import B, tirx
 from gqsa_compiler.errors import CompileError
 from gqsa_compiler.schedules.generic.emit import (
     Buffer,
@@ -134,7 +134,7 @@ def table_argument(name: str, *shape: Any) -> Buffer:
 
     The runtime keeps many small tables in one allocation and passes slices of it.
     """
-    offset = tvm.tirx.Var(f"{name}_offset", shape[-1].ty)
+    offset = tirx.Var(f"{name}_offset", shape[-1].ty)
     return B.arg(name, B.buffer(shape, "int32", elem_offset=offset))
 
 

@@ -252,22 +252,6 @@ def test_strided_and_scalar_tensors_are_stored_whole(tmp_path: Path) -> None:
         assert reader.tensor("s") == 2.5
 
 
-def test_files_are_copied_beside_the_weights(tmp_path: Path) -> None:
-    (tmp_path / "tokenizer.json").write_text("{}")
-    (tmp_path / "x.safetensors").write_text("")
-    with CheckpointWriter(tmp_path / "c", CONFIG, Q16) as writer:
-        writer.copy_file(tmp_path / "tokenizer.json")
-        (writer.directory / "chat_template.jinja").write_text("x")
-        with pytest.raises(CheckpointError, match=r"tokenizer\.json is taken"):
-            writer.copy_file(tmp_path / "tokenizer.json")
-        with pytest.raises(CheckpointError, match=r"x\.safetensors is taken"):
-            writer.copy_file(tmp_path / "x.safetensors")
-        with pytest.raises(CheckpointError, match=r"no file .*nothing"):
-            writer.copy_file(tmp_path / "nothing")
-    assert (tmp_path / "c" / "tokenizer.json").read_text() == "{}"
-    assert (tmp_path / "c" / "chat_template.jinja").read_text() == "x"
-
-
 def test_an_old_quantization_config_is_replaced(tmp_path: Path) -> None:
     config = {**CONFIG, "quantization_config": {"quant_method": "gptq"}}
     with CheckpointWriter(tmp_path / "c", config, Q16):

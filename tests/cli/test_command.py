@@ -27,7 +27,7 @@ from tests.cli.conftest import Gqsa
         (OSError(errno.ENOSPC, "No space left on device", "a/b"), 1, "while writing a/b"),
         (RuntimeError("I/O error: No space left on device (os error 28)"), 1, "No space left"),
         (RuntimeError("DefaultCPUAllocator: can't allocate memory: x"), 1, "Not enough memory ("),
-        (MemoryError(), 1, "Not enough memory; use a smaller --context"),
+        (MemoryError(), 1, "Not enough memory; free some, use a machine with more, or a smaller"),
         (PermissionError(errno.EACCES, "Permission denied", "c"), 1, "Permission denied: c."),
         (ValueError("long\nstory, last line"), 1, "Unexpected ValueError: story, last line"),
         (ValueError(), 1, "no message"),

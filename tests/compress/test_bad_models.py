@@ -62,6 +62,34 @@ def test_weights_that_are_not_numbers(
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_weights_too_small_for_any_scale(recipe: str, text: Path, tmp_path: Path) -> None:
+    name = "model.layers.1.mlp.up_proj.weight"
+
+    def shrink(tensors: dict[str, Tensor]) -> None:
+        tensors[name] *= 1e-9
+
+    model = damaged(tmp_path / "model", shrink)
+    with pytest.raises(ModelError, match=r"layer model\.layers\.1\.mlp\.up_proj are at most"):
+        compress_model(model, tmp_path / "out", recipe, calibration=text, **SETTINGS)
+    assert not (tmp_path / "out").exists()
+
+
+def test_some_weights_too_small_for_any_scale(text: Path, tmp_path: Path) -> None:
+    """Beside larger ones they count nothing."""
+    name = "model.layers.1.mlp.up_proj.weight"
+
+    def shrink(tensors: dict[str, Tensor]) -> None:
+        tensors[name][1:] *= 1e-9
+
+    model = damaged(tmp_path / "model", shrink)
+    compress_model(model, tmp_path / "out", "baseline/rtn-w4g32", calibration=text, **SETTINGS)
+    with CheckpointReader(tmp_path / "out") as reader:
+        weight = to_dense(reader.layer(name.removesuffix(".weight")))
+    assert weight[0].any()
+    assert not weight[1:].any()
+
+
 def test_a_token_that_the_text_does_not_have(text: Path, tmp_path: Path) -> None:
     """Its embedding is damaged: nothing computes with it, but it would be saved."""
 

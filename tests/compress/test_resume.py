@@ -272,6 +272,9 @@ def test_out_of_memory_on_the_way(model: Path, tmp_path: Path, expected: dict[st
     assert caught.value.exit_code == 1
     assert str(caught.value).startswith("Not enough memory while training weights. What is done")
     assert "run the same command again" in str(caught.value)
+    assert "begin anew (--restart) without this stage (--stages block,scales) or with" in str(
+        caught.value
+    )
     compress_model(model, output, **SETTINGS)
     assert content(output) == expected
 

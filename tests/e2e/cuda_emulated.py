@@ -9,7 +9,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from tempfile import mkdtemp
 from typing import Any
 
 import numpy as np
@@ -120,9 +119,8 @@ def _export(graphs: Graphs, mod: Any, target: TargetSpec, path: Path) -> str:
     for gvar, function in mod.functions.items():
         if isinstance(function, tirx.PrimFunc) and SCHEDULED in (function.attrs or {}):
             name = f"emulated.{path.parent.name}.{gvar.name_hint}"
-            folder = Path(mkdtemp(prefix="emulated-"))
             clean = function.without_attr("global_symbol")
-            _register(graphs, name, function, emulate(clean, arch_of(target.arch), folder))
+            _register(graphs, name, function, emulate(clean, arch_of(target.arch)))
             mod.update_func(gvar, _caller(function, name, str(gvar.name_hint)))
     host = parse_target("cpu")
     executable = relax.build(

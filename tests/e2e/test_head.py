@@ -32,7 +32,7 @@ def checkpoint(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPath
 @pytest.mark.parametrize(
     ("checkpoint", "activations", "head"),
     [
-        ("qwen3", "float32", "stored"),
+        pytest.param("qwen3", "float32", "stored", marks=pytest.mark.slow),
         pytest.param("llama", "int16", "int8", marks=X86),
         pytest.param("llama", "float32", "stored", marks=pytest.mark.slow),
         pytest.param("qwen3", "int16", "int8", marks=[X86, pytest.mark.slow]),

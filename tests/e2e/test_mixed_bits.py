@@ -63,7 +63,7 @@ def test_inspect_says_what_each_layer_is(checkpoint: Path) -> None:
 @pytest.mark.parametrize(
     "activations",
     [
-        "float32",
+        pytest.param("float32", marks=pytest.mark.slow),
         pytest.param("int16", marks=X86),
         pytest.param("int8", marks=pytest.mark.slow),  # its kernels' bits: tests/schedules
     ],

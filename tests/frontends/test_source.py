@@ -15,6 +15,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from gqsa_compiler.checkpoint import CheckpointWriter, QuantizationConfig, from_dense, to_dense
+from gqsa_compiler.checkpoint.names import SINGLE_FILE
 from gqsa_compiler.errors import ModelError, UsageError
 from gqsa_compiler.frontends.hf import import_model
 from gqsa_compiler.frontends.hf_directory import canonical_name
@@ -103,6 +104,37 @@ def test_bad_index(index: str, message: str, llama: Path, tmp_path: Path) -> Non
         resolve(str(directory))
 
 
+def test_a_single_file_beside_an_index(llama: Path, tmp_path: Path) -> None:
+    """Either may be what an earlier save has left, so neither is taken."""
+    directory = shard(llama, tmp_path / "both")
+    shutil.copy(llama / "model.safetensors", directory)
+    says = r"holds both .* left over: model\.safetensors, or .* \(model-00001-of-00002\.safe"
+    with pytest.raises(ModelError, match=says):
+        resolve(str(directory))
+    for file in directory.glob("model-*"):
+        file.unlink()
+    with pytest.raises(ModelError, match=r"delete model\.safetensors\.index\.json, whose"):
+        resolve(str(directory))
+    index = {"weight_map": dict.fromkeys(load_file(llama / "model.safetensors"), SINGLE_FILE)}
+    (directory / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert set(resolve(str(directory)).tensor_names()) == set(resolve(str(llama)).tensor_names())
+
+
+@pytest.mark.parametrize("indexed", [False, True])
+def test_a_tensor_in_two_files(indexed: bool, llama: Path, tmp_path: Path) -> None:
+    directory = shard(llama, tmp_path / "twice")
+    file = directory / "model-00002-of-00002.safetensors"
+    double = {"model.norm.weight": np.zeros(3, np.float32)}
+    save_file({**double, **load_file(file)}, file)
+    file = directory / "model-00001-of-00002.safetensors"
+    save_file({**double, **load_file(file)}, file)
+    if not indexed:
+        (directory / "model.safetensors.index.json").unlink()
+    says = r"model-00001-of-00002.* and model-00002-of-00002.* both hold 'model\.norm\.weight'"
+    with pytest.raises(ModelError, match=says):
+        resolve(str(directory))
+
+
 def test_other_names_for_the_same_decoder(llama: Path, tmp_path: Path) -> None:
     assert canonical_name("layers.0.mlp.up_proj.weight") == "model.layers.0.mlp.up_proj.weight"
     assert canonical_name("decoder.embed_tokens.weight") == "model.decoder.embed_tokens.weight"
@@ -144,7 +176,7 @@ def test_checkpoint(tmp_path: Path) -> None:
             if other != f"{name}.weight":
                 writer.add_tensor(other, dense.tensor(other))
         for file in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
-            writer.copy_file(model / file)
+            shutil.copy(model / file, writer.directory)
     source = resolve(str(tmp_path / "ckpt"))
     assert source.kind == "gqsa"
     assert source.checkpoint is not None

@@ -10,9 +10,9 @@ import onnx
 import pytest
 from onnx import TensorProto
 
-from gqsa_compiler.errors import ArtefactError, ModelError, UsageError
+from gqsa_compiler.errors import ArtefactError, CheckpointError, ModelError, UsageError
 from gqsa_compiler.inspect import inspect_path, variant_here
-from gqsa_compiler.modules import compile_module, compress_onnx
+from gqsa_compiler.modules import compile_module, compress_onnx, is_module
 from gqsa_compiler.runtime import load_module
 from gqsa_compiler.runtime.manifest import MANIFEST_FILE
 from tests.cli.conftest import Gqsa, gqsa  # noqa: F401 -- a fixture
@@ -110,19 +110,34 @@ def test_a_size_fixed_for_compression_stays_fixed(tmp_path: Path) -> None:
         assert module(np.zeros((4, 2, 32), np.float32)).shape == (4, 2, 8)
 
 
+@pytest.mark.parametrize("version", [2, 0, True, 1.0, "1", None])
+def test_a_checkpoint_of_another_version(version: object, tmp_path: Path) -> None:
+    """It is told what it is, and not taken for one of this version."""
+    config = {"model_type": "gqsa_module", "module_version": version, "sizes": {}}
+    checkpoint = tmp_path / "checkpoint"
+    checkpoint.mkdir()
+    (checkpoint / "config.json").write_text(json.dumps(config))
+    (checkpoint / "model.onnx").touch()
+    assert is_module(checkpoint)
+    says = rf"config\.json has module_version {version!r}; this program reads 1\. Use the version"
+    with pytest.raises(CheckpointError, match=says):
+        compile_module(checkpoint, tmp_path / "out")
+
+
 @pytest.mark.parametrize(
-    ("dtype", "ignore", "words"),
+    ("dtype", "ignore", "words", "size"),
     [
-        (np.float32, ("w",), r"compressed \(w: left dense on purpose"),
-        (np.float16, (), "multiplies by a constant float32 matrix"),
+        (np.float32, ("w",), r"compressed \(w: left dense on purpose", 1.0),
+        (np.float16, (), "multiplies by a constant float32 matrix", 1.0),
+        (np.float32, (), "weights of layer w are at most 1e-08 in size", 1e-8),
     ],
 )
 def test_why_nothing_is_compressed(
-    dtype: type[np.floating], ignore: tuple[str, ...], words: str, tmp_path: Path
+    dtype: type[np.floating], ignore: tuple[str, ...], words: str, size: float, tmp_path: Path
 ) -> None:
     kind = onnx.helper.np_dtype_to_tensor_dtype(np.dtype(dtype))
     graph = model([node("MatMul", "x w", "y")], {"x": (kind, ["n", 32])}, {"y": ["n", 8]},
-                  {"w": np.ones((32, 8), dtype)}, dtypes={"y": kind})  # fmt: skip
+                  {"w": np.full((32, 8), size, dtype)}, dtypes={"y": kind})  # fmt: skip
     onnx.save(graph, str(tmp_path / "graph.onnx"))
     calls = [{"x": np.ones((4, 32), dtype)}]
     with pytest.raises(ModelError, match=words):

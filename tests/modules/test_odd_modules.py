@@ -64,6 +64,18 @@ def test_a_module_of_halves_is_computed_in_float32(tmp_path: Path) -> None:
     assert [layer.name for layer in report.layers] == ["0"]
 
 
+def test_parts_of_a_convolution_may_be_too_small_for_any_scale(tmp_path: Path) -> None:
+    module = nn.Conv2d(64, 8, 1, groups=2)
+    with torch.no_grad():
+        module.weight[4:] *= 1e-9
+    report = compress_module(module, (torch.randn(1, 64, 3, 3),), "w4s30g16", tmp_path / "ckpt")
+    assert len(report.layers) == 1
+    with torch.no_grad():
+        module.weight *= 1e-9
+    with pytest.raises(ModelError, match=r"are at most .* scales in float16 make 0 of all below"):
+        compress_module(module, (torch.randn(1, 64, 3, 3),), "w4s30g16", tmp_path / "other")
+
+
 class Failing(nn.Linear):
     """What somebody's own module may do."""
 

@@ -2,22 +2,29 @@
 
 from __future__ import annotations
 
+import gc
+import threading
+from collections.abc import Callable
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from weakref import finalize
 
 import numpy as np
 import pytest
 
-from gqsa_compiler.runtime import devices
+from gqsa_compiler.runtime import devices, library
 from gqsa_compiler.runtime._ffi import tvm_ffi
 from gqsa_compiler.runtime.devices import Device, fit_cache, out_of_memory
 from gqsa_compiler.runtime.engine import Session
 from gqsa_compiler.runtime.errors import ArtefactError, UsageError
 from gqsa_compiler.runtime.gpus import CPU, CUDA
+from gqsa_compiler.runtime.machine import Machine
 from gqsa_compiler.runtime.manifest import Manifest
-from gqsa_compiler.runtime.model import Model
+from gqsa_compiler.runtime.model import Model, load
 from gqsa_compiler.runtime.program import Program
+from tests.runtime.toy import edit_manifest
 
 MB = 1 << 20
 
@@ -43,7 +50,7 @@ def test_the_cpu_shares_its_memory() -> None:
 
 def test_a_gpu_gets_copies(monkeypatch: pytest.MonkeyPatch, model: Model) -> None:
     """With the CPU's memory in the GPU's place."""
-    gpu = Device(CUDA, 0)
+    gpu = Device(CUDA)
     assert gpu.vm_arguments == (2, 0, 2, 1, 0, 2)
     monkeypatch.setitem(devices._NAMES, CUDA, "cpu")
     array = np.arange(6, dtype=np.int32).reshape(2, 3)
@@ -62,7 +69,7 @@ def test_what_does_not_fit_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
             raise RuntimeError(words)
 
         monkeypatch.setattr(devices, "_call", fail)
-        with pytest.raises(kind, match=r"GPU 0 is out of memory|driver gone"):
+        with pytest.raises(kind, match=r"The GPU is out of memory|driver gone"):
             Device(CUDA).upload(tensor)
     assert out_of_memory(MemoryError())
     assert not out_of_memory(RuntimeError("bad shape"))
@@ -90,15 +97,97 @@ def test_the_cache_is_fitted_into_free_memory(model: Model) -> None:
 
 
 @pytest.fixture
-def on_gpu(monkeypatch: pytest.MonkeyPatch, artefact: Path) -> Program:
-    """Return the toy with its parameters on what is taken for a GPU: the CPU again."""
+def gpu_artefact(monkeypatch: pytest.MonkeyPatch, copy: Path) -> Path:
+    """Return the toy for what is taken for a GPU: the CPU again."""
+    edit_manifest(copy, lambda m: m["variants"][0]["target"].update(kind="cuda", device_type=CUDA))
+    monkeypatch.setattr(library, "check_target", lambda *_: None)
+    monkeypatch.setattr(library, "CUDA_LIBRARY", library.RUNTIME_LIBRARIES[0])
+    monkeypatch.setattr(library, "_load_cuda_runtime", lambda: None)
     monkeypatch.setitem(devices._NAMES, CUDA, "cpu")
     monkeypatch.setattr(Device, "vm_arguments", property(lambda _: (CPU, 0, 2)))
     monkeypatch.setattr(Device, "free_bytes", lambda _: 1 << 30)
-    program = Program(artefact, Manifest.read(artefact))
-    program.device = Device(CUDA)
-    program.parameters = tvm_ffi.Array([program.device.upload(p) for p in program.parameters])
-    return program
+    return copy
+
+
+@pytest.fixture
+def on_gpu(gpu_artefact: Path) -> Program:
+    """Return its code and weights."""
+    return Program(gpu_artefact, Manifest.read(gpu_artefact))
+
+
+def noting(method: Callable[..., Any], threads: list[int]) -> Callable[..., Any]:
+    """Wrap a method: it notes the thread that calls it."""
+
+    def noted(*arguments: Any) -> Any:
+        threads.append(threading.get_ident())
+        return method(*arguments)
+
+    return noted
+
+
+def test_all_is_asked_of_a_gpu_on_one_thread(
+    gpu_artefact: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Sessions of several numbers of threads, and a model that is loaded while another runs."""
+    asked: list[int] = []
+    for name in ("upload", "download", "empty", "free_bytes"):
+        monkeypatch.setattr(Device, name, noting(getattr(Device, name), asked))
+    monkeypatch.setattr(Machine, "free", noting(Machine.free, asked))
+    with load(gpu_artefact, threads=1) as first, closing(first.session()) as more:
+        assert first.generate([5], max_tokens=2, ignore_eos=True).token_ids
+        more.prefill(more.add(), [3])
+        with load(gpu_artefact) as second:
+            assert len(list(second.score([4, 5]))) == 1
+            inside = second._session.run(lambda: load(gpu_artefact))  # where it would wait for it
+            inside.close()
+    assert len(set(asked)) == 1
+    assert threading.get_ident() not in asked
+
+
+def test_a_gpu_s_memory_is_freed_on_its_thread(
+    gpu_artefact: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a model that nobody closes, and whoever drops it."""
+    freed: list[int] = []
+
+    def upload(*_: Any) -> Any:
+        array = np.zeros(4, np.float32)
+        finalize(array, noting(int, freed))
+        return tvm_ffi.from_dlpack(array)
+
+    monkeypatch.setattr(Device, "upload", upload)
+    monkeypatch.setattr(Machine, "free", noting(Machine.free, freed))
+    with load(gpu_artefact, threads=1) as kept:
+        thread = kept._session.run(threading.get_ident)
+        dropped = load(gpu_artefact)
+        weights = len(dropped.manifest.parameters)
+        del dropped
+        gc.collect()
+        assert freed == []
+        kept._session.length(kept._session.add())
+        assert freed == [thread] * (1 + weights)
+
+
+def test_what_a_failed_load_has_copied_is_freed_on_the_thread(
+    gpu_artefact: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    freed: list[int] = []
+    with load(gpu_artefact, threads=1) as kept:
+
+        def upload(*_: Any) -> Any:
+            if freed or len(arrays) == 3:
+                raise ArtefactError("The GPU is full.")
+            array = np.zeros(4, np.float32)
+            arrays.append(finalize(array, noting(int, freed)))
+            return tvm_ffi.from_dlpack(array)
+
+        arrays: list[Any] = []
+        monkeypatch.setattr(Device, "upload", upload)
+        with pytest.raises(ArtefactError, match="is full") as caught:
+            load(gpu_artefact)
+        thread = kept._session.run(threading.get_ident)
+        assert freed == [thread] * 3
+        assert caught.value.__traceback__ is not None
 
 
 def test_the_rate_of_copies(on_gpu: Program) -> None:
@@ -131,7 +220,7 @@ def test_a_pass_without_memory_is_said(on_gpu: Program, monkeypatch: pytest.Monk
             raise RuntimeError("CUDA: out of memory")
 
         monkeypatch.setattr(session._machine, "compute", fail)
-        with pytest.raises(UsageError, match=r"GPU 0 is out of memory in the middle of a pass"):
+        with pytest.raises(UsageError, match=r"GPU is out of memory in the middle of a pass"):
             session.prefill(0, [1])
     finally:
         session.close()

@@ -273,6 +273,37 @@ def test_a_failing_pass_leaves_the_session_usable(session: Session, expected: np
     np.testing.assert_allclose(session.prefill(empty, TEXT[:9]), expected[8], **EXACT)
 
 
+@pytest.mark.parametrize("failing", [0, 1, 2, None])
+def test_adapters_advance_together_or_not_at_all(
+    session: Session, arrays: Arrays, failing: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Sequences of three adapters, a pass each, one of which fails; then the same once more."""
+    texts = [TEXT[:4], TEXT[10:30], TEXT[40:41]]
+    sequences = [session.add() for _ in texts]
+    for sequence, text in zip(sequences, texts, strict=True):
+        session.prefill(sequence, text)
+    session._chosen = {sequences[0]: "one", sequences[2]: "two"}
+    plain = Code("forward", session._parameters)
+    monkeypatch.setattr(session, "_code", lambda name, sequence: plain)
+    compute, passes = session._machine.compute, []
+
+    def fail_once(*given: Any) -> np.ndarray:
+        passes.append(given)
+        if len(passes) - 1 == failing:
+            raise RuntimeError("no such luck")
+        return compute(*given)
+
+    monkeypatch.setattr(session._machine, "compute", fail_once)
+    if failing is not None:
+        with pytest.raises(RuntimeError, match="no such luck"):
+            session.decode(sequences, [7, 8, 9])
+        assert len(passes) == failing + 1
+    assert [session.length(s) for s in sequences] == [len(text) for text in texts]
+    logits = session.decode(sequences, [7, 8, 9])
+    for row, text, token in zip(logits, texts, [7, 8, 9], strict=True):
+        np.testing.assert_allclose(row, toy.reference(arrays, [*text, token])[-1], **EXACT)
+
+
 @pytest.mark.parametrize("n", range(1, 12))
 def test_arguments_are_aligned(session: Session, n: int) -> None:
     """Compiled code may use aligned vector loads on every argument; numpy promises 16 bytes."""

@@ -13,7 +13,8 @@ from gqsa_compiler._tvm import tvm
 from gqsa_compiler.runtime import graphs
 from gqsa_compiler.runtime.devices import Device
 from gqsa_compiler.runtime.errors import UsageError
-from gqsa_compiler.runtime.graphs import CHOOSE, DECODE, DecodeGraphs, Scratch
+from gqsa_compiler.runtime.graphs import CHOOSE, DECODE, SCRATCH, DecodeGraphs, Scratch
+from gqsa_compiler.schedules.cuda.attention_decode import _MOST_SHARES
 
 MB = 1 << 20
 
@@ -152,18 +153,18 @@ def test_no_memory_for_scratch_is_said(words: str, monkeypatch: pytest.MonkeyPat
 
     monkeypatch.setattr(Device, "empty", fail)
     kind: type[Exception] = UsageError
-    said = r"GPU 0 is out of memory: .* smaller context or batch"
+    said = r"The GPU is out of memory: .* smaller context or batch"
     if words == "driver gone":
         kind, said = RuntimeError, words
     with pytest.raises(kind, match=said):
-        DecodeGraphs.of(Device(), Machines().load, 3, 16, 64)
+        DecodeGraphs.of(Device(), Machines().load, 3, 16)
 
 
 def test_scratch_tells_that_it_moved() -> None:
     """TVM's own pool, of the CPU: a launch that needs more gets one block's place changed."""
 
     def places() -> list[frozenset[int]]:
-        scratch = Scratch(Device(), MB)
+        scratch = Scratch(Device(), [MB, 1, 1, 1])
         found = [scratch.places(), scratch.places()]
         scratch._hold([MB, 1, 1])  # as much as there is
         found.append(scratch.places())
@@ -174,3 +175,24 @@ def test_scratch_tells_that_it_moved() -> None:
         first, again, same, moved = thread.submit(places).result()
     assert len(first) == 4
     assert first == again == same != moved
+
+
+@pytest.mark.parametrize(
+    ("batch", "heads", "dim"),
+    [(1, 9, 64), (8, 16, 128), (8, 32, 128), (32, 64, 128), (32, 128, 64)],
+    ids=["smollm2-135m", "qwen3-0.6b", "llama3-8b", "llama3-70b", "narrow heads"],
+)
+def test_attention_does_not_move_scratch(batch: int, heads: int, dim: int) -> None:
+    """From the first key to the longest context: what its launch takes is there from the start."""
+
+    def places() -> list[frozenset[int]]:
+        scratch = Scratch(Device(), SCRATCH)
+        found = [scratch.places()]
+        for shares in range(1, _MOST_SHARES + 1):
+            sums = 4 * batch * shares * heads
+            scratch._hold([sums * dim, sums, sums])
+            found.append(scratch.places())
+        return found
+
+    with ThreadPoolExecutor(1) as thread:
+        assert len(set(thread.submit(places).result())) == 1

@@ -15,9 +15,11 @@ import pytest
 
 from gqsa_compiler.runtime import library
 from gqsa_compiler.runtime.errors import ArtefactError
-from gqsa_compiler.runtime.manifest import Manifest, Target
+from gqsa_compiler.runtime.gpus import CUDA
+from gqsa_compiler.runtime.manifest import Manifest
 from gqsa_compiler.runtime.model import load
 from gqsa_compiler.runtime.program import Program
+from gqsa_compiler.runtime.schema import Target
 from tests.runtime.toy import edit_manifest
 
 TARGET = Target("x86-64-v4", "llvm", platform.machine(), ("avx2", "avx512f"), 1, "")
@@ -104,6 +106,27 @@ def test_bundle_comes_first(copy: Path) -> None:
         library.find_runtime(copy, manifest)
     (copy / library.BUNDLE / library.RUNTIME_LIBRARIES[1]).touch()
     assert {p.parent for p in library.find_runtime(copy, manifest)} == {copy / "lib"}
+
+
+def test_a_bundle_s_library_for_gpus_is_checked(copy: Path) -> None:
+    """Whatever is to be loaded has its hash in the bundle."""
+    edit_manifest(copy, lambda m: target(m).update(device_type=CUDA, kind="cuda"))
+    manifest = Manifest.read(copy)
+    variant, bundle = manifest.variants[0], copy / library.BUNDLE
+    names = [*library.RUNTIME_LIBRARIES, library.CUDA_LIBRARY]
+    bundle.mkdir()
+    for name in names:
+        (bundle / name).write_text(name)
+    hashes = [hashlib.sha256(name.encode()).hexdigest() for name in names]
+    sums = [f"{digest}  {name}\n" for digest, name in zip(hashes, names, strict=True)]
+    (bundle / library.SUMS).write_text("".join(sums))
+    assert library.check(copy, manifest, variant) == [bundle / name for name in names]
+    (bundle / library.CUDA_LIBRARY).write_text("another")
+    with pytest.raises(ArtefactError, match=r"runtime_cuda\.so is damaged: .* in SHA256SUMS; copy"):
+        library.check(copy, manifest, variant)
+    (bundle / library.CUDA_LIBRARY).unlink()
+    with pytest.raises(ArtefactError, match=r"incomplete: there is no .*runtime_cuda\.so"):
+        library.check(copy, manifest, variant)
 
 
 def test_no_tvm_and_no_bundle(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -22,6 +22,11 @@ def add_variant(manifest: dict[str, Any], file: str) -> None:
     manifest["variants"].append({"target": target, "library": library})
 
 
+def table(*shape: int) -> Change:
+    """Make a parameter the table of positions, which code reads up to the context's end."""
+    return lambda m: m["parameters"][0].update(name="rope.local.cos_sin", shape=list(shape))
+
+
 def test_version_1_had_one_variant(copy: Path) -> None:
     expected = Manifest.read(copy)
     edit_manifest(copy, lambda m: m.update(format_version=1, **m.pop("variants")[0]))
@@ -100,6 +105,15 @@ def test_round_trip(artefact: Path, tmp_path: Path) -> None:
         (lambda m: m["kv_cache"].update(page_size=10**9), "page_size .* at most"),
         (lambda m: m["kv_cache"].update(page_size=1), "page_size is 1 and must be a multiple"),
         (lambda m: m["kv_cache"].update(page_size=3), "page_size is 3 and must be a multiple"),
+        (lambda m: m["kv_cache"].update(bytes_per_token=0), "kv_cache.bytes_per_token is 0 and"),
+        (lambda m: m["kv_cache"].update(bytes_per_token=-7), "bytes_per_token is -7 and must be p"),
+        (lambda m: m["kv_cache"].update(bytes_per_token=2**40 + 1), "at most 1099511627776"),
+        (lambda m: m["model"].update(hidden_size=0), "model.hidden_size is 0 and must be positive"),
+        (lambda m: m["model"].update(hidden_size=-1), "model.hidden_size is -1 and must be posit"),
+        (lambda m: m["model"].update(hidden_size=2**24 + 1), "hidden_size .* at most 16777216"),
+        (table(95, 16), "'rope.local.cos_sin' has 95 rows, fewer than the context of 96 tokens"),
+        (table(), r"cos_sin' has 0 rows, fewer than the context of 96 tokens\.$"),
+        (table(-(2**63), 16), "has -9223372036854775808 rows, fewer"),
         (lambda m: m.update(bytes_per_token=10**400), "bytes_per_token does not fit"),
         (lambda m: m.update(parameters_file="../x"), "not a plain name"),
         (lambda m: m["variants"][0]["library"].update(file="/bin/sh"), "not a plain name"),
@@ -108,6 +122,19 @@ def test_round_trip(artefact: Path, tmp_path: Path) -> None:
 def test_what_does_not_fit_is_refused(copy: Path, change: Change, words: str) -> None:
     edit_manifest(copy, change)
     with pytest.raises(ArtefactError, match=words):
+        Manifest.read(copy)
+
+
+def test_a_context_may_be_shorter_than_its_tables(copy: Path) -> None:
+    edit_manifest(copy, table(96, 16))
+    assert Manifest.read(copy).parameters[0].shape == (96, 16)
+    edit_manifest(copy, lambda m: m["model"].update(context_length=40))
+    assert Manifest.read(copy).model.context_length == 40
+
+
+def test_a_number_that_is_none_is_refused(copy: Path) -> None:
+    edit_manifest(copy, lambda m: m["kernels"][0].update(sparsity=float("nan")))
+    with pytest.raises(ArtefactError, match="cannot be read: NaN is not JSON"):
         Manifest.read(copy)
 
 

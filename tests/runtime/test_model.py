@@ -333,6 +333,21 @@ def test_damaged_settings(copy: Path, text: str) -> None:
         load(copy)
 
 
+@pytest.mark.parametrize("name", ["generation_config.json", "tokenizer_config.json"])
+def test_settings_of_absurd_size_are_not_read(copy: Path, name: str) -> None:
+    with (copy / name).open("ab") as file:
+        file.truncate(100_000_001)
+    with pytest.raises(ArtefactError, match="100000001 bytes, and at most 100000000 are read"):
+        load(copy)
+
+
+def test_a_setting_may_stand_twice(copy: Path) -> None:
+    """The last one counts, as for Hugging Face's tools and the native runtime."""
+    (copy / "generation_config.json").write_text('{"eos_token_id": 7, "eos_token_id": 8}')
+    with load(copy) as model:
+        assert model.generation_config == {"eos_token_id": 8}
+
+
 def test_missing_pieces(copy: Path, tmp_path: Path) -> None:
     with pytest.raises(ArtefactError, match="no such directory"):
         load(tmp_path / "nothing")

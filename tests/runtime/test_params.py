@@ -16,8 +16,8 @@ from safetensors.numpy import load_file
 
 from gqsa_compiler.runtime import params
 from gqsa_compiler.runtime.errors import ArtefactError
-from gqsa_compiler.runtime.manifest import Parameter
 from gqsa_compiler.runtime.params import map_params, write_params
+from gqsa_compiler.runtime.schema import Parameter
 
 DTYPES = ["float32", "float16", "bfloat16", "uint8", "int8", "uint16", "int32", "int64"]
 

@@ -91,6 +91,64 @@ def test_another_number_of_threads_is_another_pool(model: Model) -> None:
     two.close()
 
 
+def test_a_gpu_has_one_thread(model: Model) -> None:
+    cpu = min(os.sched_getaffinity(0))
+    share = workers.Workers.share
+    one, two, none = share([cpu], gpu=True), share([cpu, cpu], gpu=True), share([cpu])
+    assert one is two is not none
+    for each in (none, two, one):
+        each.release()
+
+
+class Noted:
+    """Notes the thread on which it goes."""
+
+    def __init__(self, threads: list[int]) -> None:
+        self.threads = threads
+
+    def __del__(self) -> None:
+        self.threads.append(threading.get_ident())
+
+
+def test_what_an_owner_leaves_goes_on_the_thread(model: Model) -> None:
+    """Before the next call; where there is none, with the workers."""
+    own = workers.Workers([min(os.sched_getaffinity(0))], gpu=True)
+    thread, gone = own.call(threading.get_ident), list[int]()
+    for last in (False, True):
+        owner = Noted([])
+        own.after(owner, lambda _: None, Noted(gone))
+        del owner
+        assert gone == [thread] * last
+        if not last:
+            own.call(int)
+            assert gone == [thread]
+    del own
+    assert gone == [thread, threading.get_ident()]
+
+
+def test_what_a_failure_leaves_goes_on_the_thread(model: Model) -> None:
+    """Its frames keep what they have, as long as somebody has the exception."""
+    gone: list[int] = []
+
+    def ask() -> None:
+        held = Noted(gone)
+        raise ValueError(held.threads)
+
+    def fail() -> None:
+        held = Noted(gone)
+        try:
+            ask()
+        except ValueError:
+            raise KeyError(held.threads) from None
+
+    shared = workers.Workers.share([min(os.sched_getaffinity(0))], gpu=True)
+    with pytest.raises(KeyError) as caught:
+        shared.call(fail)
+    assert gone == [shared.call(threading.get_ident)] * 2
+    assert caught.value.__context__ is not None
+    shared.release()
+
+
 def test_the_last_session_ends_the_threads(model: Model) -> None:
     before = dict(workers._pools)
     cpu = min(os.sched_getaffinity(0))

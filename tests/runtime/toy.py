@@ -16,6 +16,7 @@ from tvm.relax.frontend.nn.llm import kv_cache
 
 from gqsa_compiler._tvm import Target, nn, relax, tirx, tvm
 from gqsa_compiler.runtime import manifest as mf
+from gqsa_compiler.runtime import schema
 from gqsa_compiler.runtime.params import write_params
 from gqsa_compiler.targets import TargetSpec, parse_target
 
@@ -137,22 +138,22 @@ def write_artefact(directory: Path) -> list[tuple[str, np.ndarray]]:
     token_bytes = LAYERS * 2 * KV_HEADS * HEAD_DIM * 4
     mf.Manifest(
         producer="tests",
-        versions=mf.Versions(version("apache-tvm"), version("apache-tvm-ffi")),
-        variants=(mf.Variant(
-            mf.Target("cpu", "llvm", spec.arch, spec.required_flags, 1, spec.triple),
-            mf.Library("model.so", digest),
+        versions=schema.Versions(version("apache-tvm"), version("apache-tvm-ffi")),
+        variants=(schema.Variant(
+            schema.Target("cpu", "llvm", spec.arch, spec.required_flags, 1, spec.triple),
+            schema.Library("model.so", digest),
         ),),
-        model=mf.ModelInfo(
+        model=schema.ModelInfo(
             name="toy", architecture="toy", vocab_size=VOCAB, hidden_size=HIDDEN,
             num_layers=LAYERS, num_key_value_heads=KV_HEADS, head_dim=HEAD_DIM,
             context_length=CONTEXT, prefill_chunk=CHUNK, max_batch=BATCH, sliding_window=None,
             bos_token_id=None, eos_token_ids=(0,), activations="float32",
         ),
-        kv_cache=mf.KVCacheInfo("float32", 16, token_bytes),
-        memory=mf.Memory(sum(a.nbytes for _, a in arrays), token_bytes, 0),
+        kv_cache=schema.KVCacheInfo("float32", 16, token_bytes),
+        memory=schema.Memory(sum(a.nbytes for _, a in arrays), token_bytes, 0),
         parameters_file="params.safetensors",
         parameters=parameters,
-        kernels=(mf.Kernel("head", "toy", 1, {"tile": 4}, VOCAB, HIDDEN, "float32", None, 0.0,
+        kernels=(schema.Kernel("head", "toy", 1, {"tile": 4}, VOCAB, HIDDEN, "float32", None, 0.0,
                            VOCAB * HIDDEN * 4, True),),
         bytes_per_token=sum(a.nbytes for _, a in arrays),
     ).write(directory)  # fmt: skip

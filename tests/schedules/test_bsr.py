@@ -152,7 +152,7 @@ FEW_TILES = (2, 4)
 TOKENS = st.sampled_from([1, 2, 3, 4, 5, 8, 9, 12, 13, 16, 17, 24, 25, 31, 33, 64, 65])
 
 
-@settings(max_examples=6, deadline=None)
+@settings(max_examples=4, deadline=None)
 @given(
     m=TOKENS,
     seed=st.integers(0, 2**32 - 1),
@@ -202,7 +202,7 @@ def test_any_shape(
 
 
 @pytest.mark.parametrize("symmetric", [False, True])
-@pytest.mark.parametrize("m", [1, 7, 20])
+@pytest.mark.parametrize("m", [1, pytest.param(7, marks=pytest.mark.slow), 20])
 def test_all_groups_kept(
     rule: ScheduleRule[Any], activation_dtype: str, symmetric: bool, m: int
 ) -> None:
@@ -215,7 +215,7 @@ def test_all_groups_kept(
 
 
 @pytest.mark.parametrize("m", [1, 7])
-@pytest.mark.parametrize("size", [8, 32])
+@pytest.mark.parametrize("size", [pytest.param(8, marks=pytest.mark.slow), 32])
 def test_the_largest_codes_and_activations(
     rule: ScheduleRule[Any], activation_dtype: str, m: int, size: int
 ) -> None:
@@ -250,7 +250,9 @@ def test_every_bits_without_zero_points(
         check(rule, spec, [layer], x, rng, FEW_TILES)
 
 
-@pytest.mark.parametrize("scales", [(6e-8, 1e-6), (1e4, 6e4), (6e-8, 6e4)])
+@pytest.mark.parametrize(
+    "scales", [pytest.param((6e-8, 1e-6), marks=pytest.mark.slow), (1e4, 6e4), (6e-8, 6e4)]
+)
 def test_extreme_scales(
     rule: ScheduleRule[Any], activation_dtype: str, scales: tuple[float, float]
 ) -> None:
@@ -326,7 +328,7 @@ def test_int8_scales_belong_to_eight_columns(
     check(int8_rule, spec, [layer], x, rng, FEW_TILES)
 
 
-@pytest.mark.parametrize("threads", [1, 2, 3])
+@pytest.mark.parametrize("threads", [1, 2, pytest.param(3, marks=pytest.mark.slow)])
 def test_any_number_of_threads(rule: ScheduleRule[Any], threads: int) -> None:
     rng = np.random.default_rng(2)
     layer = random_layer(random_keep((37, 13), rng, 0.5), 16, rng, bits=bits_of(rule)[-1])
@@ -370,7 +372,7 @@ def test_layouts_of_narrower_vectors(
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])
-@pytest.mark.parametrize("tokens", [1, 3, 30])
+@pytest.mark.parametrize("tokens", [1, pytest.param(3, marks=pytest.mark.slow), 30])
 @pytest.mark.parametrize("name", ["cpu", "x86-64-v3"])
 def test_a_token_that_is_not_finite_stays_so(
     rule: ScheduleRule[Any], name: str, tokens: int, value: float

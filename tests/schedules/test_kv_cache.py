@@ -83,7 +83,7 @@ def _step(pair: Pair, name: str, what: Any) -> float:
 
 
 @pytest.mark.parametrize(("spec", "lanes"), CASES)
-@settings(max_examples=8, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=5, deadline=None, suppress_health_check=list(HealthCheck))
 @given(steps=st.lists(STEP, min_size=1, max_size=8))
 def test_any_history_agrees_with_numpy(spec: KVCacheSpec, lanes: int, steps: list[Any]) -> None:
     pair = Pair(spec, machine(spec, lanes))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ from gqsa_compiler.targets import parse_target
 from gqsa_compiler.tuning.measure.case import make_case
 from gqsa_compiler.tuning.measure.local import LocalMeasurer
 from gqsa_compiler.tuning.measure.outcome import Outcome
-from gqsa_compiler.tuning.measure.workspace import Candidate, Limits, Workspace
+from gqsa_compiler.tuning.measure.workspace import KERNEL, Candidate, Limits, Workspace
 from gqsa_compiler.tuning.tasks import Task
 
 HOST = parse_target("cpu")
@@ -49,6 +50,13 @@ class Bench:
     def measure(self, candidate: Candidate) -> Outcome:
         """Measure a candidate against the default."""
         return self.measurer.measure(self.work, candidate, self.default)
+
+
+def adopt(work: Workspace, config: KernelConfig, library: Path) -> Candidate:
+    """Take a candidate whose code is there already."""
+    folder = work.place()
+    shutil.copyfile(library, folder / KERNEL)
+    return work.complete(config, folder)
 
 
 @pytest.fixture(scope="session")

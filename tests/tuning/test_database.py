@@ -203,6 +203,10 @@ for trial in numbered(int(sys.argv[3]), sys.argv[2]):
 """
 
 
+WRITTEN = 25
+"""Trials of a process that writes to its end."""
+
+
 def _writer(folder: Path, name: str, count: int) -> subprocess.Popen[str]:
     words = [sys.executable, "-c", _WRITER, str(folder), name, str(count)]
     return subprocess.Popen(words, stdout=subprocess.PIPE, text=True, cwd=Path.cwd())
@@ -210,7 +214,7 @@ def _writer(folder: Path, name: str, count: int) -> subprocess.Popen[str]:
 
 def test_two_writers_lose_nothing_and_neither_does_a_kill(tmp_path: Path) -> None:
     """Two processes write to the end; a third is killed on the way."""
-    whole = [_writer(tmp_path, name, 60) for name in "ab"]
+    whole = [_writer(tmp_path, name, WRITTEN) for name in "ab"]
     killed = _writer(tmp_path, "c", 10_000)
     assert killed.stdout is not None
     said = [killed.stdout.readline().strip() for _ in range(20)]
@@ -218,30 +222,33 @@ def test_two_writers_lose_nothing_and_neither_does_a_kill(tmp_path: Path) -> Non
     for process in whole:
         process.communicate(timeout=60)
         assert process.returncode == 0
-    said += killed.communicate(timeout=60)[0].split()
+    said += killed.stdout.read().split()  # `communicate` leaves out what readline has buffered
+    killed.wait(timeout=60)
+    killed.stdout.close()
     found: dict[str, list[str]] = {name: [] for name in "abc"}
     contents = Database(tmp_path).read()
     for trial in contents.trials:
         found[trial.session].append(trial.message)
     for name in "ab":
-        assert found[name] == [str(i) for i in range(60)]
+        assert found[name] == [str(i) for i in range(WRITTEN)]
     # What it said was written is there; at most the line in flight is not.
     assert found["c"][: len(said)] == said
     assert len(found["c"]) <= len(said) + 1
     assert contents.unreadable <= 1
 
 
+@pytest.mark.slow
 def test_pruning_beside_a_writer_loses_nothing(tmp_path: Path) -> None:
     database = Database(tmp_path)
     database.append(*numbered(50, "old"))
-    process = _writer(tmp_path, "new", 60)
+    process = _writer(tmp_path, "new", WRITTEN)
     until = time.monotonic() + 60
     while process.poll() is None and time.monotonic() < until:
         database.prune(trial for trial in database.read().trials if trial.session == "old")
     assert process.wait(timeout=60) == 0
     process.communicate()
     messages = [t.message for t in database.read().trials if t.session == "new"]
-    assert messages == [str(i) for i in range(60)]
+    assert messages == [str(i) for i in range(WRITTEN)]
 
 
 def test_prune_removes_lines_that_nobody_can_read(tmp_path: Path) -> None:

@@ -35,7 +35,7 @@ from gqsa_compiler.tuning.report import render
 from gqsa_compiler.tuning.spaces import tuned_space
 from gqsa_compiler.tuning.tasks import Workload
 from tests.schedules.cuda.test_nvcc import needs_nvcc
-from tests.tuning.conftest import SMALL
+from tests.tuning.conftest import SMALL, adopt
 from tests.tuning.fakes import FakeBuilders, FakeMeasurer, patch
 from tests.tuning.gpus import GPU, build_fake_gpu, emulated_fatbin, gpu_task
 
@@ -197,7 +197,7 @@ def test_kernels_are_checked_and_timed_on_the_gpu(
     launches = outcome.medians()[1] / 1e-5
     assert launches == pytest.approx(1.0)  # one for a token: the flush of the cache is not in it
     assert outcome.medians()[5] > outcome.medians()[1]  # rounding, then the product
-    wrong = work.adopt(default.config, planted(""))
+    wrong = adopt(work, default.config, planted(""))
     outcome = measurer.measure(work, wrong, default)
     assert (outcome.status, outcome.message) == (
         "wrong", "An output for 1 tokens is not a number.",

@@ -7,14 +7,17 @@ import json
 import os
 import signal
 from collections.abc import Callable, Iterator
+from concurrent.futures import wait
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from gqsa_compiler.errors import GqsaError
 from gqsa_compiler.tuning import prepare as prepare_module
 from gqsa_compiler.tuning.database import Database
+from gqsa_compiler.tuning.lanes import Attempt, Overlapped
 from gqsa_compiler.tuning.lookup import config_fields
 from gqsa_compiler.tuning.measure.builders import BuilderPool, serve
 from gqsa_compiler.tuning.measure.code import BuildError
@@ -80,6 +83,39 @@ def test_ctrl_c_keeps_what_was_measured(tmp_path: Path) -> None:
     assert builders.closed
     assert result.trials > 3
     assert len(Database(tmp_path).read().trials) == result.trials + 1
+
+
+@pytest.mark.usefixtures("_fakes")
+@pytest.mark.parametrize("building", [False, True])
+def test_an_error_costs_no_trial_that_had_ended(tmp_path: Path, building: bool) -> None:
+    """Whatever is done at the same moment is returned, by `end` at the latest."""
+
+    def fail(number: int) -> None:
+        if number in (2, 5) and not building:
+            raise GqsaError("no machine is left")
+
+    def refuse(_config: Any) -> bool:
+        raise OSError("the disk is full")
+
+    builders = Refusing(1, refuses=refuse) if building else Refusing(1)
+    made = session(tmp_path, FakeMeasurer(slots=8), trials=0, search="random")
+    made.run()
+    (state,) = made.states
+    lane = Overlapped(FakeMeasurer(before=fail, slots=8), builders, 3)
+    for config in list(state.space.values())[1:7]:
+        lane._built.append(Attempt(state, config, state.incumbent))
+    lane.feed()
+    wait(lane._measuring)
+    if building:
+        lane.start(Attempt(state, list(state.space.values())[7]))
+        wait(lane._building)
+    ended: list[Attempt] = []
+    with pytest.raises(OSError if building else GqsaError):  # noqa: PT012
+        while True:
+            ended += lane.wait()
+    ended += lane.end()
+    assert len({config_key(config_fields(attempt.config)) for attempt in ended}) == len(ended)
+    assert [attempt.outcome.status for attempt in ended] == ["ok"] * (6 if building else 4)
 
 
 def test_a_builder_process_makes_code(bench: Bench) -> None:

@@ -18,7 +18,7 @@ from gqsa_compiler.tuning.measure.local import read_outcome, run_job
 from gqsa_compiler.tuning.measure.outcome import Comparison, Outcome, compare
 from gqsa_compiler.tuning.measure.workspace import BuildError, Limits, Workspace
 from gqsa_compiler.tuning.tasks import Task
-from tests.tuning.conftest import HOST, SMALL, Bench, small_task
+from tests.tuning.conftest import HOST, SMALL, Bench, adopt, small_task
 
 Planted = Callable[[str], Path]
 
@@ -46,14 +46,14 @@ def test_a_right_candidate_is_timed(bench: Bench) -> None:
 def test_a_bad_candidate_is_told_apart(
     bench: Bench, planted: Planted, body: str, status: str, message: str
 ) -> None:
-    outcome = bench.measure(bench.work.adopt(bench.space[1], planted(body)))
+    outcome = bench.measure(adopt(bench.work, bench.space[1], planted(body)))
     assert outcome.status == status, outcome
     assert message in outcome.message
     assert not outcome.samples
 
 
 def test_a_candidate_that_hangs_is_ended(bench: Bench, planted: Planted) -> None:
-    candidate = bench.work.adopt(bench.space[1], planted("for (;;) pause();"))
+    candidate = adopt(bench.work, bench.space[1], planted("for (;;) pause();"))
     bench.work.limits = replace(SMALL, run_seconds=1.0)
     try:
         outcome = bench.measure(candidate)
@@ -71,12 +71,12 @@ def test_a_candidate_that_is_wrong_in_some_calls_only(bench: Bench, planted: Pla
         "size_t n = fread(y, 4, size, f); fclose(f); if (n == 0) return -1;"
         "if (calls > 4) y[0] += 1e6f;"
     )
-    outcome = bench.measure(bench.work.adopt(bench.space[1], planted(body)))
+    outcome = bench.measure(adopt(bench.work, bench.space[1], planted(body)))
     assert outcome.status == "wrong"
 
 
 def test_the_machine_goes_on_after_a_failure(bench: Bench, planted: Planted) -> None:
-    bench.measure(bench.work.adopt(bench.space[1], planted("abort();")))
+    bench.measure(adopt(bench.work, bench.space[1], planted("abort();")))
     assert bench.measure(bench.default).status == "ok"
 
 

@@ -27,7 +27,7 @@ from gqsa_compiler.tuning.measure.workspace import KERNEL
 from gqsa_compiler.tuning.session import Session
 from gqsa_compiler.tuning.task_state import Settings
 from gqsa_compiler.tuning.tasks import Workload
-from tests.tuning.conftest import HOST, SMALL, Bench, small_task
+from tests.tuning.conftest import HOST, SMALL, Bench, adopt, small_task
 from tests.tuning.fakes import FakeBuilders, FakeMeasurer, patch, session
 
 
@@ -67,7 +67,7 @@ def test_a_right_candidate_is_timed(bench: Bench) -> None:
 
 @pytest.mark.parametrize("body", ["", "for (long i = 0; i < size; ++i) y[i] = 0;"])
 def test_a_wrong_candidate_is_told(bench: Bench, planted: Callable[[str], Path], body: str) -> None:
-    candidate = bench.work.adopt(bench.space[1], planted(body))
+    candidate = adopt(bench.work, bench.space[1], planted(body))
     measurer = RemoteMeasurer(local_session, 1, "here")
     outcome = measurer.measure(bench.work, candidate, bench.default)
     assert (outcome.status, outcome.message) == ("wrong", "An output for 1 tokens is wrong.")
@@ -85,12 +85,33 @@ def test_a_session_that_breaks_is_a_crash(bench: Bench) -> None:
     assert "connection was reset" in outcome.message
 
 
-def test_a_machine_that_gives_no_session(bench: Bench) -> None:
-    def refuse(_seconds: float) -> Any:
-        raise RuntimeError("busy")
+def test_a_candidate_that_is_wrong_after_some_calls(
+    bench: Bench, planted: Callable[[str], Path]
+) -> None:
+    """Its output is right when it is checked first."""
+    body = _SLEEPS.replace("{case}", str(bench.work.root / "case")).replace("{microseconds}", "1")
+    spoils = "static int calls = 0; if (++calls > 3) y[0] += 1e6f;"
+    candidate = adopt(bench.work, bench.space[1], planted(body + spoils))
+    measurer = RemoteMeasurer(local_session, 1, "here")
+    outcome = measurer.measure(bench.work, candidate, bench.default)
+    assert (outcome.status, outcome.message) == ("wrong", "An output for 1 tokens is wrong.")
 
-    with pytest.raises(GqsaError, match="board gives no session: busy"):
-        RemoteMeasurer(refuse, 1, "board").measure(bench.work, bench.default, bench.default)
+
+def test_a_machine_that_gives_no_session(bench: Bench) -> None:
+    """One refusal costs a trial, three in a row of every machine the session."""
+    gives = iter([False, False, True, *[False] * 6])
+
+    def connect(_seconds: float) -> Any:
+        if not next(gives):
+            raise RuntimeError("busy\nand more")
+        return tvm.rpc.LocalSession()
+
+    measurer = RemoteMeasurer(connect, 2, "board")
+    outcomes = [measurer.measure(bench.work, bench.default, bench.default) for _ in range(8)]
+    assert [one.status for one in outcomes] == ["crash"] * 2 + ["ok"] + ["crash"] * 5
+    assert outcomes[0].message == "board gave no session: busy and more"
+    with pytest.raises(GqsaError, match=r"board gave no session 6 times in a row \(busy and more"):
+        measurer.measure(bench.work, bench.default, bench.default)
 
 
 @pytest.mark.parametrize("text", ["", "host", ":1", "host:", "host:x", "host:0", "host:70000"])
@@ -197,9 +218,9 @@ def test_a_tracker_with_two_servers(bench: Bench, planted: Callable[[str], Path]
             tracker_connect(host, port, "other")
         measurer = RemoteMeasurer(connect, 2, "toys")
         assert measurer.measure(bench.work, bench.default, bench.default).status == "ok"
-        crash = bench.work.adopt(bench.space[1], planted("abort();"))
+        crash = adopt(bench.work, bench.space[1], planted("abort();"))
         assert measurer.measure(bench.work, crash, bench.default).status == "crash"
-        hang = bench.work.adopt(bench.space[1], planted("for (;;) pause();"))
+        hang = adopt(bench.work, bench.space[1], planted("for (;;) pause();"))
         bench.work.limits = replace(SMALL, run_seconds=8.0)
         try:
             assert measurer.measure(bench.work, hang, bench.default).status == "hang"

@@ -227,7 +227,9 @@ def test_a_kill_loses_at_most_the_trial_in_flight_and_two_sessions_nothing(tmp_p
         if last >= 25:
             break
     killed.send_signal(signal.SIGKILL)
-    rest = killed.communicate(timeout=60)[0].split()
+    rest = killed.stdout.read().split()  # `communicate` leaves out what is buffered
+    killed.wait(timeout=60)
+    killed.stdout.close()
     last = int(rest[-1]) if rest else last
     whole.communicate(timeout=120)
     assert whole.returncode == 0

@@ -22,7 +22,7 @@ from gqsa_compiler.compress.recipes.recipe import Recipe
 from gqsa_compiler.compress.recipes.target import LayerTarget
 from gqsa_compiler.compress.solver.grouped import GroupedWeight
 from gqsa_compiler.compress.solver.hessian import MomentAccumulator
-from gqsa_compiler.compress.solver.oneshot import compress_rows
+from gqsa_compiler.compress.solver.oneshot import check_not_lost, compress_rows
 
 TINY = 1e-12
 """Keeps the weight of a token of zeros finite."""
@@ -113,6 +113,8 @@ def compress_block(
     final: list[Tensor] = []
 
     def compress(members: tuple[str, ...], accumulated: MomentAccumulator) -> None:
+        for member in members:
+            check_not_lost(f"{name}.{member}", layers[member].weight)
         moments = accumulated.finish(f"{name}.{members[0]}")
         done = compress_rows(
             [layers[member].weight for member in members],

@@ -55,9 +55,3 @@ class GroupedWeight:
             self.bits,
             None if self.elements is None else self.elements[part],
         )
-
-
-def element_mask(weight: GroupedWeight) -> Tensor:
-    """Return the weights that may differ from 0, bool [N, K]: all others stay dropped."""
-    mask = weight.keep.repeat_interleave(weight.codes.shape[2], dim=1)
-    return mask if weight.elements is None else mask & weight.elements

@@ -16,7 +16,7 @@ from gqsa_compiler.compress.gemm import linear
 from gqsa_compiler.compress.recipes.recipe import Head, Recipe, Solver
 from gqsa_compiler.compress.solver.grouped import GroupedWeight
 from gqsa_compiler.compress.solver.hessian import Moments
-from gqsa_compiler.compress.solver.oneshot import compress_rows
+from gqsa_compiler.compress.solver.oneshot import check_not_lost, compress_rows
 
 ROWS = 1 << 15
 """Rows that are solved together: the solver takes some 30 bytes for each of their weights."""
@@ -80,10 +80,11 @@ def compress_head(
     Raises
     ------
     ModelError
-        A weight is NaN or infinite, or the Hessian cannot be inverted.
+        A weight is NaN or infinite, all are too small, or the Hessian cannot be inverted.
     """
     # Neither what the recipe drops nor how it chooses it has a meaning here.
     recipe = Recipe("head", head.bits, 0, head.group_size, solver=solver)
+    check_not_lost(name, weight)
     parts = [
         compress_rows([rows], moments, [head.target], recipe, [name])[0]
         for rows in weight.split(ROWS)

@@ -13,6 +13,7 @@ from gqsa_compiler.compress.solver.compensate import Curvature, compensate
 from gqsa_compiler.compress.solver.grouped import GroupedWeight
 from gqsa_compiler.compress.solver.hessian import Moments
 from gqsa_compiler.compress.solver.importance import Scorer, choose_mask, choose_of_four
+from gqsa_compiler.compress.solver.quantizer import MIN_SCALE
 from gqsa_compiler.compress.solver.rtn import round_weight
 from gqsa_compiler.errors import ModelError
 
@@ -78,6 +79,28 @@ def compress_rows(
     for name, result in zip(names, results, strict=True):
         _check_finite(name, "compressed weights", result.decode())
     return results
+
+
+def check_not_lost(name: str, weight: Tensor) -> None:
+    """Check that a layer has a weight that some scale of a checkpoint does not round to 0.
+
+    Single groups, rows or parts of a layer may be lost beside larger ones.
+
+    Raises
+    ------
+    ModelError
+        All would become 0, and they are not.
+    """
+    if not weight.numel():
+        return
+    low, high = torch.aminmax(weight)  # a head is large: no copy of it
+    largest = max(-float(low), float(high))
+    if 0 < largest <= MIN_SCALE / 2:
+        raise ModelError(
+            f"The weights of layer {name} are at most {largest:.2g} in size, and scales in float16 "
+            f"make 0 of all below {MIN_SCALE / 2:.2g}; multiply them by something, or leave the "
+            "layer dense."
+        )
 
 
 def _compensate(

@@ -99,12 +99,13 @@ def _window(node: Node, spatial: int) -> tuple[list[int], list[int], list[int]]:
 
 
 def pool(builder: Builder, node: Node) -> Value:
-    """Import a maximum or mean over windows of two axes."""
+    """Import a maximum or mean over windows of one or two axes."""
     x = builder.expr(node.inputs[0], node.names[0])
     kernel = node.attributes["kernel_shape"]
-    if len(kernel) != 2:
-        raise ModelError(f"{node.where}: only pooling over two axes is supported.")
-    strides, pads, dilations = _window(node, 2)
+    spatial = len(kernel)
+    if spatial not in (1, 2):
+        raise ModelError(f"{node.where}: only pooling over one or two axes is supported.")
+    strides, pads, dilations = _window(node, spatial)
     arguments: dict[str, Any] = {
         "pool_size": tuple(kernel),
         "strides": tuple(strides),
@@ -113,9 +114,11 @@ def pool(builder: Builder, node: Node) -> Value:
         "ceil_mode": bool(node.attributes.get("ceil_mode", 0)),
     }
     if node.op == "MaxPool":
-        return builder.emit(op.nn.max_pool2d(x, **arguments), node)
+        largest = op.nn.max_pool1d if spatial == 1 else op.nn.max_pool2d
+        return builder.emit(largest(x, **arguments), node)
+    mean = op.nn.avg_pool1d if spatial == 1 else op.nn.avg_pool2d
     counted = bool(node.attributes.get("count_include_pad", 0))
-    return builder.emit(op.nn.avg_pool2d(x, count_include_pad=counted, **arguments), node)
+    return builder.emit(mean(x, count_include_pad=counted, **arguments), node)
 
 
 def global_pool(builder: Builder, node: Node) -> Value:

@@ -90,7 +90,7 @@ class Builder:
         """Whether two sizes are always the same."""
         if isinstance(one, int) and isinstance(other, int):
             return one == other
-        return bool(self._analyzer.can_prove_equal(_prim(one), _prim(other)))
+        return bool(self._analyzer.can_prove_equal(prim(one), prim(other)))
 
     def emit(self, expr: Expr, node: Node | None = None) -> Expr:
         """Bind an expression to a variable; its shape has to be known.
@@ -164,7 +164,7 @@ class Builder:
             if all(isinstance(item, int) for item in value.items):
                 items = np.array(value.items, np.int64)
                 return relax.const(items[0] if value.scalar else items, "int64")
-            parts = [self._range(_prim(item)) for item in value.items]
+            parts = [self._range(prim(item)) for item in value.items]
             whole = parts[0] if len(parts) == 1 else self.emit(relax.op.concat(parts, axis=0))
             return self.emit(relax.op.reshape(whole, ())) if value.scalar else whole
         return value
@@ -268,7 +268,8 @@ def _equal(one: Array | None, other: Array) -> bool:
     return one is not None and one.dtype == other.dtype and np.array_equal(one, other)
 
 
-def _prim(value: Dim) -> Any:
+def prim(value: Dim) -> Any:
+    """Return a size as an expression of TVM's."""
     return tirx.IntImm("int64", value) if isinstance(value, int) else value
 
 

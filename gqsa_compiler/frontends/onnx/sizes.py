@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from gqsa_compiler._tvm import tirx
-from gqsa_compiler.frontends.onnx.importer import Builder
+from gqsa_compiler.frontends.onnx.importer import Builder, prim
 from gqsa_compiler.frontends.onnx.values import Dim, Node, Sizes, Value
 
 Rule = Callable[[Builder, Node], Value | None]
@@ -45,17 +45,17 @@ def _stretch(value: Sizes, length: int) -> tuple[Dim, ...]:
 def _divide(one: Dim, other: Dim) -> Dim:
     if isinstance(one, int) and isinstance(other, int):
         return int(one / other) if abs(one) < 1 << 52 else one // other
-    return tirx.floordiv(_prim(one), _prim(other))
+    return tirx.floordiv(prim(one), prim(other))
 
 
 def _largest(one: Dim, other: Dim) -> Dim:
     both = isinstance(one, int) and isinstance(other, int)
-    return max(one, other) if both else tirx.max(_prim(one), _prim(other))
+    return max(one, other) if both else tirx.max(prim(one), prim(other))
 
 
 def _smallest(one: Dim, other: Dim) -> Dim:
     both = isinstance(one, int) and isinstance(other, int)
-    return min(one, other) if both else tirx.min(_prim(one), _prim(other))
+    return min(one, other) if both else tirx.min(prim(one), prim(other))
 
 
 def _equal(builder: Builder, node: Node) -> Value | None:
@@ -66,7 +66,7 @@ def _equal(builder: Builder, node: Node) -> Value | None:
     for a, b in zip(one.items, other.items, strict=True):
         if builder.equal(a, b):
             answers.append(True)
-        elif builder.proves(_prim(a) < b) or builder.proves(_prim(a) > b):
+        elif builder.proves(prim(a) < b) or builder.proves(prim(a) > b):
             answers.append(False)
         else:
             return None
@@ -144,7 +144,7 @@ def _negate(builder: Builder, node: Node) -> Value | None:
     data = node.inputs[0]
     if not isinstance(data, Sizes):
         return None
-    return Sizes(tuple(builder.simple(-_prim(item)) for item in data.items), data.scalar)
+    return Sizes(tuple(builder.simple(-prim(item)) for item in data.items), data.scalar)
 
 
 def _product(builder: Builder, node: Node) -> Value | None:
@@ -188,7 +188,3 @@ def compute(builder: Builder, node: Node) -> Value | None:
     if node.op in ("Max", "Min") and len(node.inputs) != 2:
         return None
     return rule(builder, node)
-
-
-def _prim(value: Dim) -> Any:
-    return tirx.IntImm("int64", value) if isinstance(value, int) else value

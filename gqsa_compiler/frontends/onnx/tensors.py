@@ -9,7 +9,7 @@ import numpy as np
 
 from gqsa_compiler._tvm import relax, tirx
 from gqsa_compiler.errors import ModelError
-from gqsa_compiler.frontends.onnx.importer import Builder
+from gqsa_compiler.frontends.onnx.importer import Builder, prim
 from gqsa_compiler.frontends.onnx.sizes import as_sizes
 from gqsa_compiler.frontends.onnx.values import Dim, Expr, Node, Sizes, Value
 
@@ -61,7 +61,7 @@ def _quotient(builder: Builder, node: Node, old: tuple[Dim, ...], rest: Dim) -> 
 
 
 def _div(one: Dim, other: Dim) -> Dim:
-    return tirx.floordiv(_prim(one), _prim(other))
+    return tirx.floordiv(prim(one), prim(other))
 
 
 def _view(builder: Builder, x: Expr, new: Sequence[Dim]) -> Expr:
@@ -193,7 +193,7 @@ def _cut(builder: Builder, node: Node, x: Expr, axis: int, start: Dim, end: Dim,
         return x
     count = builder.simple(end - start) if not _ints(start, end) else max(0, end - start)
     cut = builder.emit(
-        op.strided_slice(x, [axis], [_prim(start)], [_prim(end)], [1], assume_inbound=True), node
+        op.strided_slice(x, [axis], [prim(start)], [prim(end)], [1], assume_inbound=True), node
     )
     sizes = [*builder.shape(x)]
     sizes[axis] = count
@@ -214,17 +214,17 @@ def _bound(builder: Builder, value: Dim, length: Dim) -> Dim:
         value = 0 if value <= -_END else builder.simple(length + value)
     if _ints(value, length):
         return min(max(value, 0), length)
-    if not builder.proves(_prim(value) <= length):
-        value = builder.simple(tirx.min(_prim(value), _prim(length)))
+    if not builder.proves(prim(value) <= length):
+        value = builder.simple(tirx.min(prim(value), prim(length)))
     return _at_least(builder, value, 0)
 
 
 def _at_least(builder: Builder, value: Dim, least: Dim) -> Dim:
     if _ints(value, least):
         return max(value, least)
-    if builder.proves(_prim(value) >= _prim(least)):
+    if builder.proves(prim(value) >= prim(least)):
         return value
-    return builder.simple(tirx.max(_prim(value), _prim(least)))
+    return builder.simple(tirx.max(prim(value), prim(least)))
 
 
 def gather(builder: Builder, node: Node) -> Value:
@@ -236,7 +236,7 @@ def gather(builder: Builder, node: Node) -> Value:
         sizes = list(builder.shape(data))
         length = sizes[axis]
         at = int(places) if places >= 0 else builder.simple(length + int(places))
-        if builder.proves(_prim(at) >= 0) and builder.proves(_prim(at) < length):
+        if builder.proves(prim(at) >= 0) and builder.proves(prim(at) < length):
             cut = _cut(builder, node, data, axis, at, builder.simple(at + 1), 1)
             return _view(builder, cut, [*sizes[:axis], *sizes[axis + 1 :]])
         if isinstance(length, int):
@@ -268,7 +268,7 @@ def gather_elements(builder: Builder, node: Node) -> Value:
     unknown = {
         place: other
         for place, (one, other) in enumerate(pairs)
-        if place != axis % len(pairs) and not builder.proves(_prim(one) <= other)
+        if place != axis % len(pairs) and not builder.proves(prim(one) <= other)
     }
     places = builder.fit(places, unknown)
     safe = builder.emit(op.floor_mod(places, builder.expr(Sizes((length,)), "length")))
@@ -291,7 +291,7 @@ def gather_nd(builder: Builder, node: Node) -> Value:
 def range_(builder: Builder, node: Node) -> Value:
     """Import evenly spaced integers."""
     ends = [_sizes(node, index, "bounds").items[0] for index in range(3)]
-    values = [relax.prim_value(_prim(end)) for end in ends]
+    values = [relax.prim_value(prim(end)) for end in ends]
     return builder.emit(op.arange(*values, "int64"), node)
 
 
@@ -352,7 +352,3 @@ def _sizes(node: Node, index: int, what: str) -> Sizes:
 
 def _ints(*values: Dim) -> bool:
     return all(isinstance(value, int) for value in values)
-
-
-def _prim(value: Dim) -> Dim:
-    return tirx.IntImm("int64", value) if isinstance(value, int) else value

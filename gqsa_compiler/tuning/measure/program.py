@@ -11,7 +11,7 @@ from pathlib import Path
 
 from gqsa_compiler.errors import CompileError
 from gqsa_compiler.targets import TargetSpec
-from gqsa_compiler.toolchain import library_linker
+from gqsa_compiler.toolchain import library_linker, package_folder
 
 SOURCES = ("measure.cpp", "job.h", "device.h", "tvm_api.h")
 PROGRAM = "gqsa-measure"
@@ -38,26 +38,12 @@ def build_program(target: TargetSpec, path: Path) -> None:
         for name in SOURCES:
             text = files(__package__).joinpath(name).read_text(encoding="utf-8")
             (Path(folder) / name).write_text(text, encoding="utf-8")
-        words = ["-std=c++17", "-O2", f"-I{package('tvm_ffi') / 'include'}"]
+        words = ["-std=c++17", "-O2", f"-I{package_folder('tvm_ffi') / 'include'}"]
         words += [str(Path(folder) / SOURCES[0]), "-o", str(path), "-ldl", "-pthread"]
         done = subprocess.run([*command, *words], capture_output=True, text=True, check=False)
     if done.returncode:
         said = " ".join(done.stderr.split())[-500:]
         raise CompileError(f"{command[0]} could not compile {SOURCES[0]}: {said}")
-
-
-def package(name: str) -> Path:
-    """Return the folder of an installed package.
-
-    Raises
-    ------
-    CompileError
-        It is not installed.
-    """
-    spec = util.find_spec(name)
-    if spec is None or spec.origin is None:
-        raise CompileError(f"The package {name} is not installed.")
-    return Path(spec.origin).parent
 
 
 def host_libraries(folder: Path, target: TargetSpec) -> Path:
@@ -72,7 +58,8 @@ def host_libraries(folder: Path, target: TargetSpec) -> Path:
     """
     folder.mkdir(parents=True)
     for name in libraries_of(target):
-        found = [p for p in (package(n) / "lib" / name for n in ("tvm_ffi", "tvm")) if p.is_file()]
+        places = (package_folder(n) / "lib" / name for n in ("tvm_ffi", "tvm"))
+        found = [place for place in places if place.is_file()]
         if not found:
             raise CompileError(f"{name} is in neither apache-tvm nor apache-tvm-ffi.")
         (folder / name).symlink_to(found[0])

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import secrets
 import socket
+import threading
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
 
-from gqsa_compiler._tvm import tvm
+from gqsa_compiler._tvm import rpc, runtime
 from gqsa_compiler.errors import GqsaError, UsageError
 from gqsa_compiler.tuning.measure.outcome import Outcome
 from gqsa_compiler.tuning.measure.workspace import KERNEL, Candidate, Workspace
@@ -23,6 +24,7 @@ _MOST_COPIES = 64
 _CALLS = 5  # of a sample, each on other weights
 _SLACK_SECONDS = 1.0
 _ANSWER_SECONDS = 5.0
+_MOST_REFUSED = 3  # sessions in a row, for each machine
 Connect = Callable[[float], Any]
 """Called with the seconds that a session may last; returns one (`tvm.rpc.RPCSession`)."""
 
@@ -56,7 +58,6 @@ def tracker_connect(host: str, port: int, key: str) -> tuple[Connect, int]:
     UsageError
         It has no machine of that key.
     """
-    rpc = tvm.rpc
     try:
         # TVM tries again for a minute.
         socket.create_connection((host, port), timeout=_ANSWER_SECONDS).close()
@@ -96,6 +97,8 @@ class RemoteMeasurer:
         self._connect = connect
         self.slots = slots
         self._name = name
+        self._refused = 0  # in a row
+        self._lock = threading.Lock()
 
     read_bandwidth = 0.0
 
@@ -107,18 +110,25 @@ class RemoteMeasurer:
     def measure(
         self, space: Workspace, candidate: Candidate, incumbent: Candidate, rounds: int = 0
     ) -> Outcome:
-        """Check a candidate and time it in turns with the incumbent."""
+        """Check a candidate and time it in turns with the incumbent.
+
+        Raises
+        ------
+        GqsaError
+            No machine has given a session for several trials.
+        """
         limits = space.limits
         try:
             session = self._connect(limits.run_seconds)
         except Exception as error:
-            raise GqsaError(f"{self._name} gives no session: {error}.") from error
+            return self._refuse(error)
+        self._refused = 0
         begin = time.monotonic()
         try:
             return _Trial(session, space, candidate, incumbent).measure(rounds or limits.rounds)
         except Exception as error:
             # Whatever ended the session comes back as one of several classes of TVM's.
-            said = " ".join(str(error).split())[-300:]
+            said = _said(error)
             if "alloc" in said.lower() or "memory" in said.lower():
                 return Outcome("memory", said)
             if time.monotonic() - begin > limits.run_seconds - _SLACK_SECONDS:
@@ -128,6 +138,23 @@ class RemoteMeasurer:
     def stop(self) -> bool:
         """Do nothing: the machines' sessions end by themselves."""
         return False
+
+    def _refuse(self, error: Exception) -> Outcome:
+        """Fail one trial; one refusal after the other, and the machines are gone."""
+        with self._lock:
+            self._refused += 1
+            times = self._refused
+        if times >= _MOST_REFUSED * self.slots:
+            raise GqsaError(
+                f"{self._name} gave no session {times} times in a row ({_said(error)}); see that "
+                "its servers run, and go on with --resume."
+            ) from error
+        return Outcome("crash", f"{self._name} gave no session: {_said(error)}")
+
+
+def _said(error: Exception) -> str:
+    """Return the end of an error's text in one line: TVM's have the traces of two machines."""
+    return " ".join(str(error).split())[-300:]
 
 
 class _Trial:
@@ -147,25 +174,33 @@ class _Trial:
         self._session.get_function("runtime.config_threadpool")(1, self._space.threads)
         samples: dict[int, list[tuple[float, float]]] = {}
         weights = [self._weights(one) for one in self._pair]
-        for tokens, right in self._space.case.right.items():
+        for tokens in self._space.case.right:
             arguments = [
-                [self._arguments(one, tokens, copy) for copy in copies]
+                self._arguments(one, tokens, copies)
                 for one, copies in zip(self._pair, weights, strict=True)
             ]
-            for who, module, some in zip(
-                ("incumbent", "candidate"), self._modules, arguments, strict=True
-            ):
+            for module, some in zip(self._modules, arguments, strict=True):
                 module["main"](*some[0])
-                excess = np.abs(some[0][-1].numpy().astype(np.float64) - right.wanted) / right.bound
-                if not excess.max() <= 1.0:
-                    what = "" if who == "candidate" else " of the incumbent"
-                    return Outcome("wrong", f"An output{what} for {tokens} tokens is wrong.")
-            timers = [
-                module.time_evaluator("main", self._device, number=1, repeat=1)
-                for module in self._modules
-            ]
-            samples[tokens] = list(self._time(timers, arguments, rounds))
+            wrong = self._wrong(tokens, arguments)
+            if wrong is None:
+                timers = [
+                    module.time_evaluator("main", self._device, number=1, repeat=1)
+                    for module in self._modules
+                ]
+                samples[tokens] = list(self._time(timers, arguments, rounds))
+                wrong = self._wrong(tokens, arguments)  # again: a race shows in some calls only
+            if wrong is not None:
+                return wrong
         return Outcome("ok", samples=samples)
+
+    def _wrong(self, tokens: int, arguments: list[list[list[Any]]]) -> Outcome | None:
+        """Hold the outputs of the last calls against the reference; None if they are right."""
+        right = self._space.case.right[tokens]
+        for what, some in zip((" of the incumbent", ""), arguments, strict=True):
+            excess = np.abs(some[0][-1].numpy().astype(np.float64) - right.wanted) / right.bound
+            if not excess.max() <= 1.0:
+                return Outcome("wrong", f"An output{what} for {tokens} tokens is wrong.")
+        return None
 
     def _time(
         self, timers: list[Any], arguments: list[list[list[Any]]], rounds: int
@@ -202,21 +237,27 @@ class _Trial:
             copies.append({name: self._copy(array) for name, array in first.items()})
         return copies
 
-    def _arguments(self, one: Candidate, tokens: int, weights: dict[str, Any]) -> list[Any]:
+    def _arguments(
+        self, one: Candidate, tokens: int, copies: list[dict[str, Any]]
+    ) -> list[list[Any]]:
+        """Put a call's arguments there, for each copy of the weight; they share all the others."""
         case, right = self._space.case, self._space.case.right[tokens]
-        data = {"x": right.x, "residual": right.residual, "norm": case.norm, "bias": case.bias}
-        found = []
-        for name in case.arguments(one.config):
-            if name.startswith("@"):
-                found.append(weights[name[1:]])
-            elif name == "!":
-                found.append(self._send(np.full(right.wanted.shape, np.nan, np.float32)))
-            else:
-                found.append(self._send(data[name]))
-        return found
+        data = {
+            "x": right.x,
+            "residual": right.residual,
+            "norm": case.norm,
+            "bias": case.bias,
+            "!": np.full(right.wanted.shape, np.nan, np.float32),
+        }
+        names = case.arguments(one.config)
+        shared = {name: self._send(data[name]) for name in names if not name.startswith("@")}
+        return [
+            [weights[name[1:]] if name.startswith("@") else shared[name] for name in names]
+            for weights in copies
+        ]
 
     def _send(self, array: Any) -> Any:
-        return tvm.runtime.tensor(np.ascontiguousarray(array), self._device)
+        return runtime.tensor(np.ascontiguousarray(array), self._device)
 
     def _copy(self, array: Any) -> Any:
-        return array.copyto(tvm.runtime.empty(array.shape, array.dtype, self._device))
+        return array.copyto(runtime.empty(array.shape, array.dtype, self._device))

@@ -123,12 +123,6 @@ class Workspace:
         make_code(rule, spec, config, self.target, folder / KERNEL, seconds)
         return self.complete(config, folder)
 
-    def adopt(self, config: KernelConfig, library: Path) -> Candidate:
-        """Take a candidate whose code is there already."""
-        folder = self.place()
-        (folder / KERNEL).write_bytes(library.read_bytes())
-        return self.complete(config, folder)
-
     def place(self) -> Path:
         """Make the folder of one more candidate, whose code `KERNEL` is to be put there."""
         folder = self.root / "candidates" / str(self._count)

@@ -94,7 +94,9 @@ GQSA_API gqsa_status gqsa_detokenize(const gqsa_model *model, const int32_t *ids
                                      int32_t skip_special_tokens, char *text, size_t capacity,
                                      size_t *bytes);
 
-/* ---- passes over the model ---------------------------------------------------------------- */
+/* ---- passes over the model ----------------------------------------------------------------
+ * A pass that fails appends nothing. A long prompt is several: those before stay, so close the
+ * sequence of a gqsa_prefill that failed. */
 
 /* Open an empty sequence in the cache; at most max_batch can be open. */
 GQSA_API gqsa_status gqsa_sequence_open(gqsa_model *model, int64_t *sequence);

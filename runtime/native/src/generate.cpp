@@ -95,9 +95,8 @@ class Answer {
     return {std::move(text), result_.token_ids.size(), chosen};
   }
 
-  // The reader wants no more after this piece: what was computed ahead is forgotten.
-  void cut(const Released& last, bool ended) {
-    if (ended) return;
+  // The reader wants no more after this piece, be it the last: tokens made ahead are forgotten.
+  void cut(const Released& last) {
     result_.finish = Finish::callback;
     result_.token_ids.resize(last.tokens);
     done_ = true;
@@ -169,12 +168,11 @@ Generation Model::generate(const std::string& prompt, const GenerateOptions& opt
     std::exception_ptr failure;
     // The first token alone: it is waited for.
     session_->run([&] { failure = steps(answer, first == 0, pieces); });
-    const bool ended = answer.done();
     for (const Released& piece : pieces) {
       if (first == 0) first = piece.time;
       last = piece.time;
       if (!piece.text.empty() && emit && !emit(piece.text)) {
-        answer.cut(piece, ended && &piece == &pieces.back());
+        answer.cut(piece);
         failure = nullptr;
         break;
       }

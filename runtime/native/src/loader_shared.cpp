@@ -1,9 +1,11 @@
 // Loading for a program that brings nothing of TVM: its libraries and the model's are opened.
 #include <dlfcn.h>
+#include <sys/stat.h>
 
 #include <array>
 #include <cstdio>
 #include <cstdlib>
+#include <functional>
 #include <mutex>
 #include <set>
 #include <sstream>
@@ -173,6 +175,28 @@ void load_runtime(const std::string& directory, const Manifest& manifest,
   loaded = manifest.tvm;
 }
 
+// A file's path, spelled in a way that no other file has had at the same place: the system's loader
+// knows libraries by their names, and asked for an artefact that was compiled again under its old
+// one it would give the code from before, to run with the new weights.
+std::string spelling(const std::string& directory, const std::string& name) {
+  struct stat found{};
+  if (stat(join_path(directory, name).c_str(), &found) != 0) return join_path(directory, name);
+  std::ostringstream file;
+  file << found.st_dev << ' ' << found.st_ino << ' ' << found.st_mtim.tv_sec << ' '
+       << found.st_mtim.tv_nsec;
+  const std::size_t mark = std::hash<std::string>()(file.str());
+  std::string path = directory;
+  for (int bit = 0; bit < 32; ++bit)
+    path += (mark >> bit & 1) != 0 ? "/." : "//";
+  return path + "/" + name;
+}
+
+std::string replaced(std::string text, const std::string& old, const std::string& by) {
+  for (std::size_t at = 0; (at = text.find(old, at)) != std::string::npos; at += by.size())
+    text.replace(at, old.size(), by);
+  return text;
+}
+
 }  // namespace
 
 tvm::Any load_module(const std::string& directory, const Manifest& manifest, const Variant& variant,
@@ -188,12 +212,13 @@ tvm::Any load_module(const std::string& directory, const Manifest& manifest, con
   }
   check_shared_library(path);
   load_runtime(directory, manifest, runtime_dirs);
-  // dlopen looks for a plain name in the system's folders.
-  const std::string file = path.find('/') == std::string::npos ? "./" + path : path;
+  const std::string spelt = spelling(directory, variant.file);
   try {
-    return tvm::call(tvm::global("ffi.ModuleLoadFromFile"), {file});
+    return tvm::call(tvm::global("ffi.ModuleLoadFromFile"), {spelt});
   } catch (const Error& error) {
-    throw Error(Kind::artefact, path + " cannot be loaded: " + error.what(), error.detail);
+    throw Error(Kind::artefact,
+                path + " cannot be loaded: " + replaced(error.what(), spelt, variant.file),
+                replaced(error.detail, spelt, variant.file));
   }
 }
 

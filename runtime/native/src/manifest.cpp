@@ -15,7 +15,8 @@ using nlohmann::json;
 constexpr std::int64_t kFormatVersion = 2;
 constexpr std::int64_t kAdaptersVersion = 3;
 constexpr std::size_t kMostVariants = 64;
-constexpr std::int64_t kPageMultiple = 8;  // what the attention kernels need
+constexpr std::int64_t kPageMultiple = 8;      // what the attention kernels need
+constexpr const char* kPositions = "cos_sin";  // how the names of rotary embeddings' tables end
 
 // One JSON object of the schema: every key is asked for once, and `end` refuses the others.
 class Record {
@@ -126,9 +127,9 @@ void decode_model(Record r, Manifest& manifest) {
   manifest.name = r.text("name");
   for (const char* name : {"architecture", "activations"})
     r.text(name);
-  for (const char* name : {"hidden_size", "num_layers", "num_key_value_heads", "head_dim"}) {
+  for (const char* name : {"num_layers", "num_key_value_heads", "head_dim"})
     r.integer(name);
-  }
+  manifest.hidden_size = r.integer("hidden_size");
   manifest.vocab_size = r.integer("vocab_size");
   manifest.context_length = r.integer("context_length");
   manifest.prefill_chunk = r.integer("prefill_chunk");
@@ -184,6 +185,18 @@ void check_names(const Manifest& m, const std::string& where) {
   }
 }
 
+// A table of positions has a row for each: code reads the rows of a context without a check.
+void check_positions(const Parameter& p, std::int64_t context, const std::string& where) {
+  const std::string_view name(p.name), end(kPositions);
+  if (name.size() < end.size() || name.substr(name.size() - end.size()) != end) return;
+  const std::int64_t rows = p.shape.empty() ? 0 : p.shape[0];
+  if (rows < context) {
+    throw artefact_error(where + ": parameter " + quote(p.name) + " has " + std::to_string(rows) +
+                         " rows, fewer than the context of " + std::to_string(context) +
+                         " tokens.");
+  }
+}
+
 void check(const Manifest& m, const std::string& where) {
   check_names(m, where);
   // Beyond any model, and small enough for what TVM computes of them in 32 and 64 bits.
@@ -192,10 +205,12 @@ void check(const Manifest& m, const std::string& where) {
     std::int64_t value, most;
   } bounded[] = {
       {"model.vocab_size", m.vocab_size, 1 << 24},
+      {"model.hidden_size", m.hidden_size, 1 << 24},
       {"model.context_length", m.context_length, 1 << 27},
       {"model.prefill_chunk", m.prefill_chunk, 1 << 20},
       {"model.max_batch", m.max_batch, 1 << 16},
       {"kv_cache.page_size", m.page_size, 1 << 12},
+      {"kv_cache.bytes_per_token", m.kv_bytes_per_token, std::int64_t{1} << 40},
   };
   for (const auto& [key, value, most] : bounded) {
     const std::string text = where + ": " + key + " is " + std::to_string(value) + " and must be ";
@@ -217,8 +232,9 @@ void check(const Manifest& m, const std::string& where) {
   for (const Parameter& p : m.parameters) {
     if (!names.insert(p.name).second) throw artefact_error(where + " lists a parameter twice.");
     rows = rows || std::find(p.shape.begin(), p.shape.end(), m.vocab_size) != p.shape.end();
+    check_positions(p, m.context_length, where);
   }
-  // The embedding has a row for every token, and is read without a check.
+  // The embedding has a row for every token: for one beyond its end the code takes the last.
   if (!rows) {
     throw artefact_error(where + ": model.vocab_size is " + std::to_string(m.vocab_size) +
                          ", and no parameter has that many rows; copy or compile the artefact "

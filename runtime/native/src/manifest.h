@@ -32,7 +32,8 @@ struct Manifest {
   std::string tvm, tvm_ffi;  // releases
   std::vector<Variant> variants;
   std::string name;
-  std::int64_t vocab_size = 0, context_length = 0, prefill_chunk = 0, max_batch = 0;
+  std::int64_t vocab_size = 0, hidden_size = 0, context_length = 0, prefill_chunk = 0,
+               max_batch = 0;
   std::vector<std::int64_t> eos_token_ids;
   std::int64_t page_size = 0, kv_bytes_per_token = 0;
   std::int64_t weights_bytes = 0;

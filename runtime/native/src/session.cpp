@@ -137,6 +137,7 @@ void Session::start() {
   remove_ = tvm::global("vm.builtin.kv_state_remove_sequence");
   begin_ = tvm::global("vm.builtin.kv_state_begin_forward");
   end_ = tvm::global("vm.builtin.kv_state_end_forward");
+  pop_ = tvm::global("vm.builtin.kv_state_popn");
 }
 
 std::int64_t Session::add() {
@@ -220,26 +221,37 @@ tvm::Any Session::pass(const std::vector<std::int64_t>& sequences, const std::in
   workers_->run([&] {
     const std::vector<std::int64_t> lengths(sequences.size(), each);
     tvm::call(begin_, {kv_, tvm::shape(sequences), tvm::shape(lengths)});
-    struct End {
-      const Session& session;
-      ~End() {
-        try {
-          tvm::call(session.end_, {session.kv_});
-        } catch (const Error&) {  // the pass's own error says more
-        }
-      }
-    } end{*this};
-    const Ids ids(tokens, count);
-    if (rows == nullptr) {
-      result = tvm::call(hidden_, {ids.tensor(), kv_, program_->parameters()});
-    } else {
-      const Ids chosen(rows->data(), rows->size());
-      result = tvm::call(forward_, {ids.tensor(), chosen.tensor(), kv_, program_->parameters()});
+    try {
+      result = compute(tokens, count, rows);
+      tvm::call(end_, {kv_});
+    } catch (...) {
+      forget(sequences, each);
+      throw;
     }
   });
   for (const std::int64_t sequence : sequences)
     lengths_[sequence] += each;
   return result;
+}
+
+tvm::Any Session::compute(const std::int32_t* tokens, std::size_t count,
+                          const std::vector<std::int32_t>* rows) const {
+  const Ids ids(tokens, count);
+  if (rows == nullptr) return tvm::call(hidden_, {ids.tensor(), kv_, program_->parameters()});
+  const Ids chosen(rows->data(), rows->size());
+  return tvm::call(forward_, {ids.tensor(), chosen.tensor(), kv_, program_->parameters()});
+}
+
+void Session::forget(const std::vector<std::int64_t>& sequences, std::int64_t each) const {
+  const auto attempt = [](const tvm::Any& function, std::initializer_list<tvm::Argument> given) {
+    try {
+      tvm::call(function, given);
+    } catch (const Error&) {  // the pass's own error says more
+    }
+  };
+  attempt(end_, {kv_});
+  for (const std::int64_t sequence : sequences)
+    attempt(pop_, {kv_, sequence, each});
 }
 
 Logits Session::checked(tvm::Any result, std::size_t rows) const {

@@ -68,7 +68,7 @@ class Session {
   // Append one token to each of several sequences; a row of logits for each.
   Logits decode(const std::vector<std::int64_t>& sequences,
                 const std::vector<std::int32_t>& tokens);
-  // The compiled embedding would read whatever lies there. Throws Error (usage).
+  // The compiled embedding would take another token's row. Throws Error (usage).
   void check_tokens(const std::vector<std::int32_t>& tokens) const;
 
  private:
@@ -77,6 +77,10 @@ class Session {
   void require_room(std::int64_t tokens) const;
   tvm::Any pass(const std::vector<std::int64_t>& sequences, const std::int32_t* tokens,
                 std::size_t count, const std::vector<std::int32_t>* rows);
+  tvm::Any compute(const std::int32_t* tokens, std::size_t count,
+                   const std::vector<std::int32_t>* rows) const;
+  // End a pass that failed: the cache has no token of it.
+  void forget(const std::vector<std::int64_t>& sequences, std::int64_t each) const;
   Logits checked(tvm::Any result, std::size_t rows) const;
 
   std::shared_ptr<const Program> program_;
@@ -86,7 +90,7 @@ class Session {
   std::int64_t next_ = 0;
   Workers* workers_;
   tvm::Any vm_, forward_, hidden_, kv_;
-  tvm::Any add_, remove_, begin_, end_;
+  tvm::Any add_, remove_, begin_, end_, pop_;
 };
 
 }  // namespace gqsa

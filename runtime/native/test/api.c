@@ -123,10 +123,15 @@ int main(int argc, char **argv) {
   print_ids("prompt", ids, count, ", ");
   print_ids("tokens", result.token_ids, result.generated_tokens, ", ");
   printf("\"bytes\": %zu, ", seen);
-  seen = 0;
-  check(gqsa_generate(model, prompt, strlen(prompt), &options, stop_at_once, &seen, &result),
-        "generate");
-  printf("\"stopped\": %d, ", result.finish == GQSA_FINISH_CALLBACK || result.generated_tokens == 8);
+  /* At the first of several pieces, and at the only one: there is nothing left to stop. */
+  int stopped = 1;
+  for (options.max_tokens = 1; options.max_tokens <= 8; options.max_tokens += 7) {
+    check(gqsa_generate(model, prompt, strlen(prompt), &options, stop_at_once, &seen, &result),
+          "generate");
+    if (result.finish != GQSA_FINISH_CALLBACK || result.generated_tokens != 1) stopped = 0;
+  }
+  options.max_tokens = 8;
+  printf("\"stopped\": %d, ", stopped);
   options.sampling.top_p = 2;
   expect(gqsa_generate(model, prompt, strlen(prompt), &options, NULL, NULL, NULL),
          GQSA_ERROR_USAGE, "top_p", "a wrong option");

@@ -121,7 +121,7 @@ json answer(const json& request) {
     gqsa::map_parameters(file, m.parameters, true);
     return {{"name", m.name}, {"variants", m.variants.size()}};
   }
-  throw std::runtime_error("no such op");
+  return answer_of_model(request);
 }
 
 }  // namespace

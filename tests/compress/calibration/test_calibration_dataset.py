@@ -80,7 +80,9 @@ def _windows(ids: list[int], length: int) -> list[list[int]]:
     return [ids[at : at + length] for at in range(0, len(ids) // length * length, length)]
 
 
-@pytest.mark.parametrize("write", [_write_jsonl, _write_parquet, _write_csv])
+@pytest.mark.parametrize(
+    "write", [_write_jsonl, pytest.param(_write_parquet, marks=pytest.mark.slow), _write_csv]
+)
 def test_documents_are_joined_and_cut(
     write: Callable[[Path], None], tokenizer: Any, tmp_path: Path
 ) -> None:

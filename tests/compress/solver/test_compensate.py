@@ -7,8 +7,9 @@ import torch
 from torch import Tensor
 
 from gqsa_compiler.compress.solver.compensate import Curvature, polish, sweep
-from gqsa_compiler.compress.solver.grouped import GroupedWeight, element_mask
+from gqsa_compiler.compress.solver.grouped import GroupedWeight
 from gqsa_compiler.compress.solver.quantizer import fit_grid, round_to_grid
+from tests.compress.training.helpers import element_mask
 
 N, K, G = 4, 160, 16  # more columns than are gathered before errors are passed on
 

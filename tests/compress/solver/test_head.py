@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from gqsa_compiler.compress.recipes.recipe import Head
+from gqsa_compiler.compress.recipes.recipe import Head, Solver
 from gqsa_compiler.compress.solver import head as head_module
 from gqsa_compiler.compress.solver.head import compress_head
 from gqsa_compiler.compress.solver.hessian import MomentAccumulator, Moments
@@ -57,6 +57,18 @@ def test_rows_do_not_depend_on_each_other(monkeypatch: pytest.MonkeyPatch) -> No
     parts = compress_head("lm_head", weight, moments, Head(), "compensated")
     # Sums of other sizes may round otherwise.
     assert float((parts.codes != whole.codes).float().mean()) < 1e-2
+
+
+@pytest.mark.parametrize("solver", ["rtn", "compensated"])
+def test_a_head_too_small_for_any_scale(solver: Solver, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows of tokens that never occur may be, even if they are solved by themselves."""
+    monkeypatch.setattr(head_module, "ROWS", 16)
+    weight, _, moments = problem()
+    weight[16:] *= 1e-12
+    found = compress_head("lm_head", weight, moments, Head(), solver)
+    assert not found.decode()[16:].any()
+    with pytest.raises(ModelError, match=r"weights of layer lm_head are at most 4\.\de-12 in size"):
+        compress_head("lm_head", weight * 1e-12, moments, Head(), solver)
 
 
 def test_a_damaged_head_is_named() -> None:

@@ -20,12 +20,13 @@ from gqsa_compiler.compress.recipes.recipe import (
 )
 from gqsa_compiler.compress.recipes.target import LayerTarget
 from gqsa_compiler.compress.solver.compensate import MaskedSolver
-from gqsa_compiler.compress.solver.grouped import GroupedWeight, element_mask
+from gqsa_compiler.compress.solver.grouped import GroupedWeight
 from gqsa_compiler.compress.solver.hessian import MomentAccumulator, Moments
 from gqsa_compiler.compress.solver.oneshot import compress_rows
 from gqsa_compiler.compress.solver.quantizer import fit_grid, max_code, round_to_grid
 from gqsa_compiler.errors import ModelError
 from gqsa_compiler.limits import BITS
+from tests.compress.training.helpers import element_mask
 
 N, K, G = 24, 96, 16
 
@@ -178,6 +179,8 @@ def test_rows_slices_every_part() -> None:
     result = one(weight, moments, 30)
     part: GroupedWeight = result.rows(3, 5)
     assert torch.equal(part.decode(), result.decode()[3:5])
+    two = one(weight, moments, structure="2:4")
+    assert torch.equal(two.rows(3, 5).elements, two.elements[3:5])
 
 
 @pytest.mark.parametrize("solver", SOLVERS)
@@ -284,15 +287,6 @@ def test_two_of_four_keeps_exactly_two_of_four(score: str, solver: str) -> None:
     if score == "magnitude" and solver == "rtn":
         best = weight.abs().reshape(N, -1, 4).topk(2, 2).indices
         assert mask.reshape(N, -1, 4).gather(2, best).all()
-
-
-def test_element_mask_of_groups_is_their_mask() -> None:
-    weight, _, moments = problem()
-    result = one(weight, moments, 50)
-    assert torch.equal(element_mask(result), result.keep.repeat_interleave(G, 1))
-    assert torch.equal(element_mask(result.rows(2, 5)), element_mask(result)[2:5])
-    two = one(weight, moments, structure="2:4")
-    assert torch.equal(element_mask(two.rows(2, 5)), element_mask(two)[2:5])
 
 
 @pytest.mark.parametrize("solver", SOLVERS)

@@ -76,6 +76,12 @@ def same_weight(have: GroupedWeight, want: GroupedWeight) -> None:
     assert torch.equal(have.decode(), want.decode())
 
 
+def element_mask(weight: GroupedWeight) -> Tensor:
+    """Return the weights that may differ from 0, bool [N, K]: all others stay dropped."""
+    mask = weight.keep.repeat_interleave(weight.codes.shape[2], dim=1)
+    return mask if weight.elements is None else mask & weight.elements
+
+
 def is_storable(weight: GroupedWeight) -> None:
     """Assert that a checkpoint can hold a weight exactly."""
     assert torch.equal(weight.scales.half().float(), weight.scales)

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from gqsa_compiler.checkpoint import to_dense
-from gqsa_compiler.compress.solver.grouped import GroupedWeight, element_mask
+from gqsa_compiler.compress.solver.grouped import GroupedWeight
 from gqsa_compiler.compress.solver.quantizer import MAX_SCALE, MIN_SCALE
 from gqsa_compiler.compress.store import to_layer
 from gqsa_compiler.compress.training.grouped_linear import GroupedLinear
@@ -20,6 +20,7 @@ from tests.compress.training.helpers import (
     COLUMNS,
     GROUP,
     ROWS,
+    element_mask,
     grad,
     is_storable,
     random_inputs,

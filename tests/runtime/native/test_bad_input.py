@@ -28,6 +28,11 @@ def _variant(**fields: Any) -> Change:
     return lambda data: data["variants"][0]["target"].update(fields)
 
 
+def _table(*shape: int) -> Change:
+    """Make a parameter the table of positions, which code reads up to the context's end."""
+    return lambda data: data["parameters"][0].update(name="rope.cos_sin", shape=list(shape))
+
+
 MANIFESTS: dict[str, tuple[Change, str]] = {
     "architecture": (_variant(arch="riscv64"), "riscv64"),
     "device": (_variant(device_type=2, kind="cuda"), "cannot drive"),
@@ -41,6 +46,20 @@ MANIFESTS: dict[str, tuple[Change, str]] = {
     "range": (lambda d: d["model"].update(vocab_size=2**63), "does not fit"),
     "zero": (lambda d: d["model"].update(prefill_chunk=0), "must be positive"),
     "large": (lambda d: d["model"].update(context_length=2**40), "must be at most"),
+    "hidden": (lambda d: d["model"].update(hidden_size=0), "hidden_size is 0 and must be positive"),
+    "wide": (lambda d: d["model"].update(hidden_size=2**24 + 1), "must be at most 16777216"),
+    "free": (lambda d: d["kv_cache"].update(bytes_per_token=0), "bytes_per_token is 0 and must be"),
+    "costly": (
+        lambda d: d["kv_cache"].update(bytes_per_token=2**40 + 1),
+        "kv_cache.bytes_per_token is 1099511627777 and must be at most 1099511627776",
+    ),
+    "positions": (
+        _table(95, 32),
+        "parameter 'rope.cos_sin' has 95 rows, fewer than the context of 96 tokens.",
+    ),
+    "no positions": (_table(), "has 0 rows, fewer than the context of 96 tokens."),
+    "less than none": (_table(-(2**63), 32), "has -9223372036854775808 rows, fewer than"),
+    "enough positions": (_table(96, 32), "params.safetensors has no parameter"),
     "batch": (lambda d: d["model"].update(max_batch=17), "max_batch is 17"),
     "page": (lambda d: d["kv_cache"].update(page_size=12), "multiple of 8"),
     "vocabulary": (lambda d: d["model"].update(vocab_size=999), "no parameter has that many"),
@@ -251,6 +270,21 @@ def test_a_library_that_is_no_model(programs: Programs, copy: Path) -> None:
     digest = hashlib.sha256((copy / "model.so").read_bytes()).hexdigest()
     edit_manifest(copy, lambda d: d["variants"][0]["library"].update(sha256=digest))
     assert "not a compiled model" in refusal(run(programs, copy, "-p", "the"), 1)
+
+
+def test_a_library_that_cannot_be_loaded(programs: Programs, copy: Path) -> None:
+    """The sentence has the library's own name, not the one that the loader was given."""
+    source = copy / "broken.c"
+    source.write_text("extern int gone;\nint *here = &gone;\n")
+    subprocess.run(["cc", "-shared", "-fPIC", "-o", str(copy / "model.so"), source], check=True)
+    digest = hashlib.sha256((copy / "model.so").read_bytes()).hexdigest()
+    edit_manifest(copy, lambda d: d["variants"][0]["library"].update(sha256=digest))
+    done = run(programs, copy, "-p", "the", "-v")
+    said = refusal(done, 1)
+    assert f"{copy / 'model.so'} cannot be loaded: " in said
+    assert "undefined symbol: gone" in said
+    assert "/./" not in done.stderr.decode()
+    assert f"{copy}//" not in done.stderr.decode()
 
 
 def test_a_cache_beyond_memory(programs: Programs, copy: Path) -> None:

@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import atexit
-import shutil
-import tempfile
 from functools import lru_cache
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -47,12 +43,10 @@ def rule_of(spec: LinearSpec) -> CudaBsr:
 @lru_cache(maxsize=64)
 def program(code: LinearSpec, config: CudaConfig, tiles: tuple[int, ...]) -> Program:
     """Compile a kernel for the emulation, with code for tiles of so many tokens only."""
-    folder = Path(tempfile.mkdtemp(prefix="emulated-"))
-    atexit.register(shutil.rmtree, folder, ignore_errors=True)
     rule = rule_of(code)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(configs, "TILES", tiles)
-        return emulate(rule.build(code, config, TARGET), arch_of(TARGET.arch), folder)
+        return emulate(rule.build(code, config, TARGET), arch_of(TARGET.arch))
 
 
 def run(

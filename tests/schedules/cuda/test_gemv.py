@@ -87,7 +87,7 @@ def run_case(case: Case, density: float, m: int, seed: int, order: int) -> None:
     check(spec_of(layer, **fields), config, [layer], m, rng, tiles, order)
 
 
-@pytest.mark.parametrize("density", [0.0, 0.05, 0.5, 1.0])
+@pytest.mark.parametrize("density", [0.0, pytest.param(0.05, marks=pytest.mark.slow), 0.5, 1.0])
 @pytest.mark.parametrize("name", CASES)
 def test_matches_the_reference(name: str, density: float) -> None:
     tile = CASES[name][-1][-1]

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import atexit
 import re
+import shutil
 import subprocess
+import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -124,8 +127,14 @@ class Program:
         return copies
 
 
-def emulate(function: Any, arch: Arch, folder: Path) -> Program:
-    """Generate the CUDA C of a PrimFunc for `arch` and compile it for this CPU."""
+def emulate(function: Any, arch: Arch, folder: Path | None = None) -> Program:
+    """Generate the CUDA C of a PrimFunc for `arch` and compile it for this CPU.
+
+    Without a folder, what it compiles lasts as long as this process.
+    """
+    if folder is None:
+        folder = Path(tempfile.mkdtemp(prefix="emulated-"))
+        atexit.register(shutil.rmtree, folder, ignore_errors=True)
     lowered = lower(function, arch)
     return Program(lowered["main"], Executable.of(device_source(lowered), folder))
 
