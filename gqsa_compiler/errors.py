@@ -11,6 +11,7 @@ __all__ = [
     "GqsaError",
     "ModelError",
     "UsageError",
+    "first_line",
     "out_of_memory",
 ]
 
@@ -31,6 +32,12 @@ def out_of_memory(error: BaseException) -> bool:
     # PyTorch and its libraries only say so in the text.
     text = str(error).lower()
     return isinstance(error, RuntimeError) and any(words in text for words in _MEMORY_TEXTS)
+
+
+def first_line(error: BaseException) -> str:
+    """Return the first line of another program's error, or its kind where it says nothing."""
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return lines[0].rstrip(".")
 
 
 class CheckpointError(GqsaError):

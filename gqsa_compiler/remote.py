@@ -136,7 +136,6 @@ class _RemoteDevice:
     """The device, as `Session` sees the one that it runs on."""
 
     is_cpu = True
-    index = 0
     vm_arguments = (_CPU, 0, _POOLED_ALLOCATOR)
 
     def __init__(self, connection: _Connection) -> None:

@@ -96,7 +96,7 @@ class Session:
 
     def _fit(self, manifest: Manifest, *, fewer: bool, shorter: bool) -> MemorySum | None:
         """Fit the limits into a GPU's memory; a CPU's pages are taken as they are used."""
-        free = None if self._device.is_cpu else self._on_thread(self._device.free_bytes)
+        free = self._on_thread(self._device.free_bytes)
         if free is None:
             return None
         found = fit_cache(

@@ -54,6 +54,3 @@ def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 def _no_number(name: str) -> float:
     """Refuse NaN and Infinity, which are no JSON."""
     raise ValueError(f"{name} is not JSON")
-
-
-__all__ = ["read_json"]

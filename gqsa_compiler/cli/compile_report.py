@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from gqsa_compiler.cli.console import emit_table
+from gqsa_compiler.cli.console import counted, emit_table
 from gqsa_compiler.units import bytes_text, seconds_text
 
 _KINDS = {
@@ -80,7 +80,7 @@ def _print_fallbacks(fallbacks: list[dict[str, Any]]) -> None:
         return
     extra = sum(entry["extra_bytes"] for entry in fallbacks)
     print(
-        f"{len(fallbacks)} linear layer{'s' if len(fallbacks) > 1 else ''} stayed dense "
+        f"{counted(len(fallbacks), 'linear layer')} stayed dense "
         f"and cost {bytes_text(extra)} more a token than compressed:"
     )
     for entry in fallbacks[:_SHOWN]:

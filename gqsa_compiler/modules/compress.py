@@ -7,7 +7,6 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from textwrap import shorten
 from typing import Any
 
 import torch
@@ -20,7 +19,7 @@ from gqsa_compiler.compress.solver.grouped import GroupedWeight
 from gqsa_compiler.compress.solver.hessian import MomentAccumulator
 from gqsa_compiler.compress.solver.oneshot import check_not_lost, compress_rows
 from gqsa_compiler.compress.store import producer, to_layer
-from gqsa_compiler.errors import ModelError, UsageError
+from gqsa_compiler.errors import ModelError, UsageError, first_line
 from gqsa_compiler.export.onnx_module import relax_to_onnx
 from gqsa_compiler.frontends.torch_export import import_module
 from gqsa_compiler.frontends.torch_model import to_numpy
@@ -35,6 +34,7 @@ from gqsa_compiler.modules.solve import (
     layer_report,
     misfit,
     module_recipe,
+    nothing_compressed,
 )
 from gqsa_compiler.modules.write import quantization_of, write_checkpoint
 from gqsa_compiler.outdir import check_output
@@ -213,11 +213,7 @@ class _Compression:
             for one in self._shares[name]:
                 self.dense[one] = "it did not run, or not as a module of its own"
         if not ran:
-            reasons = [f"{name}: {reason}" for name, reason in self.dense.items()]
-            why = shorten("; ".join(reasons), 300, placeholder=" ...") if reasons else "none at all"
-            raise ModelError(
-                f"{type(self.original).__name__} has no linear layer that is compressed ({why})."
-            )
+            raise nothing_compressed(type(self.original).__name__, self.dense, "none at all")
         for done, members in enumerate(groups):
             self._progress("compressing layers", done, len(groups))
             self._group(members)
@@ -287,9 +283,8 @@ class _Compression:
         try:
             yield
         except (RuntimeError, TypeError, ValueError, LookupError, AttributeError) as error:
-            lines = str(error).strip().splitlines() or [type(error).__name__]
             raise ModelError(
-                f"{type(self.original).__name__} cannot run on the inputs: {lines[0].rstrip('.')}."
+                f"{type(self.original).__name__} cannot run on the inputs: {first_line(error)}."
             ) from error
 
     def weight_names(self, parameters: Mapping[str, Tensor]) -> dict[str, BSRLayer]:

@@ -6,7 +6,6 @@ import time
 from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
-from textwrap import shorten
 from typing import Any
 
 import numpy as np
@@ -37,6 +36,7 @@ from gqsa_compiler.modules.solve import (
     layer_report,
     misfit,
     module_recipe,
+    nothing_compressed,
 )
 from gqsa_compiler.modules.write import quantization_of, write_checkpoint
 from gqsa_compiler.outdir import check_output
@@ -133,13 +133,8 @@ def compress_onnx(
         else:
             dense[linear.name] = reason
     if not wanted:
-        reasons = [f"{name}: {reason}" for name, reason in dense.items()]
-        why = (
-            shorten("; ".join(reasons), 300, placeholder=" ...")
-            if reasons
-            else ("no MatMul or Gemm without factors multiplies by a constant float32 matrix")
-        )
-        raise ModelError(f"{path} has no linear layer that is compressed ({why}).")
+        otherwise = "no MatMul or Gemm without factors multiplies by a constant float32 matrix"
+        raise nothing_compressed(str(path), dense, otherwise)
     layers: dict[str, BSRLayer] = {}
     walk = GraphWalk(graph, calls)
     for members in _groups(wanted):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from fnmatch import fnmatchcase
 from textwrap import shorten
@@ -15,7 +15,7 @@ from gqsa_compiler.compress.recipes.recipe import Recipe
 from gqsa_compiler.compress.request import PathText, choose_recipe
 from gqsa_compiler.compress.result import LayerReport
 from gqsa_compiler.compress.solver.grouped import GroupedWeight
-from gqsa_compiler.errors import UsageError
+from gqsa_compiler.errors import ModelError, UsageError
 
 ON_PURPOSE = "left dense on purpose (`ignore`)"
 SHARED = "its weight is read in another way too (a tied embedding)"
@@ -64,6 +64,23 @@ def check_ignored(ignore: Sequence[str], names: Collection[str]) -> None:
                 f"No linear layer is called {pattern!r}, which is to be left dense; there are "
                 f"{shorten(', '.join(names), 200, placeholder=' ...')}."
             )
+
+
+def nothing_compressed(what: str, dense: Mapping[str, str], otherwise: str) -> ModelError:
+    """Return the error of a module none of whose layers is compressed.
+
+    Parameters
+    ----------
+    what : str
+        The module, or its file.
+    dense : mapping of str to str
+        Why each of its layers is not.
+    otherwise : str
+        Why, where it has none.
+    """
+    reasons = "; ".join(f"{name}: {reason}" for name, reason in dense.items())
+    why = shorten(reasons, 300, placeholder=" ...") or otherwise
+    return ModelError(f"{what} has no linear layer that is compressed ({why}).")
 
 
 def block_diagonal(name: str, parts: Sequence[GroupedWeight]) -> BSRLayer:

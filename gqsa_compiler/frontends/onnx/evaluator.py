@@ -11,7 +11,7 @@ from onnx import ModelProto, NodeProto, helper, numpy_helper, shape_inference
 from onnx.reference import ReferenceEvaluator
 from onnx.reference.op_run import OpRun
 
-from gqsa_compiler.errors import ModelError
+from gqsa_compiler.errors import ModelError, first_line
 
 Array = np.ndarray
 _MOST_BYTES = 1 << 28
@@ -73,8 +73,7 @@ def fold(node: NodeProto, where: str, arrays: Mapping[str, Array | None], opset:
     try:
         (result,) = evaluator(model).run(None, feeds)
     except Exception as error:  # whatever a damaged graph makes of the evaluator
-        lines = str(error).strip().splitlines() or [type(error).__name__]
-        raise ModelError(f"{where} cannot be computed: {lines[0].rstrip('.')}.") from error
+        raise ModelError(f"{where} cannot be computed: {first_line(error)}.") from error
     return np.asarray(result)
 
 
